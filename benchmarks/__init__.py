@@ -1,0 +1,1 @@
+"""Measures and compares: latency, memory, quality, reports, and the reference model."""

@@ -1,0 +1,1 @@
+"""Makes what the runners read: plans, quantizes, exports, builds, checks and packs."""

@@ -1,0 +1,1 @@
+"""Reads what kiln makes: bundles, engines, and diffusers pipelines that run on them."""

@@ -1,0 +1,119 @@
+"""The signature of an engine: which arrays it takes and gives, over which ranges.
+
+Ranges are data in the manifest, so a size that no engine was compiled for is refused before
+anything runs, with the nearest legal one in the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from profiles.errors import SpecError
+
+__all__ = ["Dim", "Signature", "TensorSpec"]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dim(BaseModel):
+    """A named axis that may vary: `min <= value <= max` in steps of `multiple_of`."""
+
+    model_config = _STRICT
+
+    name: str
+    min: int
+    opt: int
+    """The value that matters most; engines that tune for one shape tune for this."""
+    max: int
+    multiple_of: int = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"dim {self.name}: needs 1 <= min <= opt <= max")
+        return self
+
+    def legal(self, value: int) -> bool:
+        """Whether an engine with this dim takes `value`."""
+        return self.min <= value <= self.max and value % self.multiple_of == 0
+
+    def nearest(self, value: int) -> int:
+        """The legal value closest to `value` (the larger one of two)."""
+        step = self.multiple_of
+        low, high = -(-self.min // step) * step, self.max // step * step
+        rounded = (value + step // 2) // step * step
+        return max(low, min(high, rounded))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is only one legal value."""
+        return self.min == self.max
+
+    def describe(self) -> str:
+        """The range as a reader expects it."""
+        if self.fixed:
+            return f"{self.min}"
+        step = f" in steps of {self.multiple_of}" if self.multiple_of > 1 else ""
+        return f"{self.min} to {self.max}{step}"
+
+
+class TensorSpec(BaseModel):
+    """One array: its name, its dtype in numpy's words, and its axes (a size or a dim's name)."""
+
+    model_config = _STRICT
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+
+
+class Signature(BaseModel):
+    """What an engine takes and gives, and the ranges of the dims that its axes name."""
+
+    model_config = _STRICT
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: tuple[Dim, ...] = ()
+
+    def dim(self, name: str) -> Dim:
+        """The dim called `name`; KeyError where the signature has none."""
+        return {dim.name: dim for dim in self.dims}[name]
+
+    def check(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        """Compare arrays with the signature and return the value of every dim.
+
+        Raises SpecError that names the array, the value seen and the legal values.
+        """
+        expected = [spec.name for spec in self.inputs]
+        if set(feeds) != set(expected):
+            raise SpecError(f"The engine takes the inputs {expected}, and got {sorted(feeds)}.")
+        values: dict[str, int] = {}
+        for spec in self.inputs:
+            self._check_one(spec, feeds[spec.name], values)
+        return values
+
+    def _check_one(self, spec: TensorSpec, array: Any, values: dict[str, int]) -> None:
+        if str(array.dtype) != spec.dtype:
+            raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {array.dtype}.")
+        if len(array.shape) != len(spec.axes):
+            raise SpecError(
+                f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "
+                f"{len(spec.axes)}: {list(spec.axes)}."
+            )
+        for axis, size in zip(spec.axes, array.shape, strict=True):
+            if isinstance(axis, int):
+                if size != axis:
+                    raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
+                continue
+            if values.setdefault(axis, size) != size:
+                raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
+            dim = self.dim(axis)
+            if not dim.legal(size):
+                raise SpecError(
+                    f"Input {spec.name} has {axis} {size}, and the engine was compiled for "
+                    f"{dim.describe()}: use {dim.nearest(size)}, or compile with a wider range."
+                )

@@ -71,7 +71,7 @@ def _vae() -> Any:
 
 
 def tiny_sd(folder: Path, *, seed: int = 0) -> Path:
-    """A StableDiffusionPipeline of about 3.4 M parameters in `folder`, the same for the same `seed`.
+    """A StableDiffusionPipeline of 3.4 M parameters in `folder`, the same for the same `seed`.
 
     Pictures are 64x64 (latent: [batch, 4, 16, 16]), prompts 32 tokens. Weights are safetensors.
     """

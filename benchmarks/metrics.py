@@ -1,0 +1,163 @@
+"""How far one picture is from another, and one denoiser's output from another's.
+
+Pictures are uint8 arrays [height, width, 3] in sRGB. Nothing here is NaN or infinite: equality
+has a stated cap, and what can't be measured is None.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "DIFFERENCE_GAIN",
+    "FLIP_PIXELS_PER_DEGREE",
+    "PSNR_CAP_DB",
+    "SQNR_CAP_DB",
+    "PictureDistance",
+    "SqnrSums",
+    "difference_map",
+    "flip",
+    "picture_distance",
+    "psnr_db",
+    "sqnr_db",
+    "ssim",
+]
+
+Picture = npt.NDArray[np.uint8]
+
+SQNR_CAP_DB = 200.0
+"""Exact equality, by the project's definition of `sqnr_db`."""
+
+PSNR_CAP_DB = 100.0
+"""Identical pictures. One step of one channel of one pixel is 89 dB at 64x64 and 113 dB at
+1024x1024, so the cap is reached by pictures that no eye tells apart, and a mean stays readable."""
+
+FLIP_PIXELS_PER_DEGREE = 67.0
+"""FLIP's own default: 0.7 m from a 0.7 m wide display of 3840 pixels (Andersson et al. 2020)."""
+
+DIFFERENCE_GAIN = 8
+"""Difference maps show 8 x |a - b|: one step of 255 is just visible, 32 steps saturate."""
+
+_SSIM_WINDOW = 11
+
+
+def psnr_db(reference: Picture, picture: Picture) -> float:
+    """Peak signal-to-noise ratio over all pixels and channels, 255 being the peak; capped."""
+    error = _signed(reference) - _signed(picture)
+    mse = float(np.mean(np.square(error, dtype=np.float64)))
+    return PSNR_CAP_DB if mse == 0 else min(PSNR_CAP_DB, 10 * math.log10(255.0**2 / mse))
+
+
+def ssim(reference: Picture, picture: Picture) -> float | None:
+    """Structural similarity, -1..1, with the 11x11 Gaussian window of Wang et al. 2004.
+
+    None where a side is shorter than the window.
+    """
+    if min(reference.shape[:2]) < _SSIM_WINDOW:
+        return None
+    from skimage.metrics import structural_similarity
+
+    value = structural_similarity(
+        reference,
+        picture,
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    return float(value)
+
+
+def flip(reference: Picture, picture: Picture) -> float | None:
+    """Mean LDR-FLIP error, 0 (same) to 1, by NVIDIA's flip-evaluator; None where it is absent.
+
+    What an observer who flips between the two pictures sees, at `FLIP_PIXELS_PER_DEGREE`.
+    """
+    try:
+        import flip_evaluator
+    except ImportError:
+        return None
+    evaluated = flip_evaluator.evaluate(
+        _unit(reference),
+        _unit(picture),
+        "LDR",
+        applyMagma=False,
+        parameters={"ppd": FLIP_PIXELS_PER_DEGREE},
+    )
+    return float(evaluated[1])
+
+
+@dataclass(frozen=True)
+class PictureDistance:
+    """The three figures for one picture against the reference picture."""
+
+    psnr_db: float
+    ssim: float | None
+    flip: float | None
+
+
+def picture_distance(reference: Picture, picture: Picture) -> PictureDistance:
+    """Measure one picture against its reference of the same size; ValueError where sizes differ."""
+    if reference.shape != picture.shape:
+        raise ValueError(f"pictures of {reference.shape} and {picture.shape} can't be compared")
+    return PictureDistance(
+        psnr_db=psnr_db(reference, picture),
+        ssim=ssim(reference, picture),
+        flip=flip(reference, picture),
+    )
+
+
+def difference_map(reference: Picture, picture: Picture) -> Picture:
+    """|reference - picture| x `DIFFERENCE_GAIN` per channel, clipped to 255: black where equal."""
+    error: npt.NDArray[np.int32] = np.abs(_signed(reference) - _signed(picture)) * DIFFERENCE_GAIN
+    return np.clip(error, 0, 255).astype(np.uint8)
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise) from sums of squares; 200 dB for no noise, None without a signal."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return None
+    if noise == 0:
+        return SQNR_CAP_DB
+    if signal == 0:
+        return None
+    return min(SQNR_CAP_DB, 10 * math.log10(signal / noise))
+
+
+@dataclass
+class SqnrSums:
+    """Sums of squares of the reference and of the error, by step, over any number of prompts."""
+
+    signal: list[float] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
+
+    def add(self, step: int, *, signal: float, noise: float) -> None:
+        """Add one denoiser call's sums to those of its step."""
+        while len(self.signal) <= step:
+            self.signal.append(0.0)
+            self.noise.append(0.0)
+        self.signal[step] += signal
+        self.noise[step] += noise
+
+    @property
+    def per_step_db(self) -> list[float | None]:
+        """SQNR of each step, pooled over prompts."""
+        return [sqnr_db(s, n) for s, n in zip(self.signal, self.noise, strict=True)]
+
+    @property
+    def pooled_db(self) -> float | None:
+        """SQNR pooled over steps and prompts; None before anything was added."""
+        return sqnr_db(sum(self.signal), sum(self.noise)) if self.signal else None
+
+
+def _signed(picture: Picture) -> npt.NDArray[np.int32]:
+    return picture.astype(np.int32)
+
+
+def _unit(picture: Picture) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(picture, dtype=np.float32) / np.float32(255)

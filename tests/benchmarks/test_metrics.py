@@ -1,0 +1,93 @@
+"""Picture and denoiser distances: known values, caps, and what can't be measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import metrics
+
+
+def picture(seed: int = 0, size: int = 32) -> metrics.Picture:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def test_identical_pictures_reach_the_stated_caps() -> None:
+    same = metrics.picture_distance(picture(), picture())
+    assert same == metrics.PictureDistance(psnr_db=metrics.PSNR_CAP_DB, ssim=1.0, flip=0.0)
+
+
+def test_psnr_of_a_constant_offset_is_known() -> None:
+    grey = np.full((16, 16, 3), 100, np.uint8)
+    assert metrics.psnr_db(grey, grey + np.uint8(10)) == pytest.approx(20 * math.log10(25.5))
+
+
+def test_psnr_does_not_wrap_around_in_eight_bits() -> None:
+    black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    assert metrics.psnr_db(black, white) == pytest.approx(0)
+    assert metrics.psnr_db(white, black) == pytest.approx(0)
+
+
+def test_flip_of_black_against_white_is_almost_one_and_symmetric() -> None:
+    black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
+    error = metrics.flip(black, white)
+    assert error is not None
+    assert 0.9 < error <= 1.0  # the paper maps maximal colour difference close to 1
+    assert metrics.flip(white, black) == pytest.approx(error, abs=1e-6)
+
+
+def test_every_figure_falls_as_noise_grows() -> None:
+    base = np.full((48, 48, 3), 128, np.uint8)
+    rng = np.random.default_rng(1)
+    noisy = [
+        np.clip(base + rng.normal(0, sigma, base.shape), 0, 255).astype(np.uint8)
+        for sigma in (2, 8, 32)
+    ]
+    rows = [metrics.picture_distance(base, item) for item in noisy]
+    assert [r.psnr_db for r in rows] == sorted((r.psnr_db for r in rows), reverse=True)
+    assert [r.ssim or 0 for r in rows] == sorted((r.ssim or 0 for r in rows), reverse=True)
+    assert [r.flip or 0 for r in rows] == sorted(r.flip or 0 for r in rows)
+
+
+def test_ssim_is_null_for_pictures_smaller_than_its_window() -> None:
+    assert metrics.ssim(picture(size=8), picture(size=8)) is None
+
+
+def test_sizes_that_differ_are_refused_with_both_named() -> None:
+    with pytest.raises(ValueError, match=r"\(32, 32, 3\) and \(16, 16, 3\)"):
+        metrics.picture_distance(picture(), picture(size=16))
+
+
+def test_difference_map_amplifies_and_clips() -> None:
+    base = np.full((2, 2, 3), 100, np.uint8)
+    other = base.copy()
+    other[0, 0], other[1, 1] = 97, 255
+    shown = metrics.difference_map(base, other)
+    assert shown[0, 0, 0] == 3 * metrics.DIFFERENCE_GAIN
+    assert shown[1, 1, 0] == 255
+    assert shown[0, 1, 0] == 0
+
+
+def test_sqnr_is_pooled_as_a_ratio_of_sums_and_not_as_a_mean_of_decibels() -> None:
+    sums = metrics.SqnrSums()
+    sums.add(0, signal=100, noise=1)
+    sums.add(1, signal=1, noise=1)
+    sums.add(0, signal=900, noise=0)
+    assert sums.per_step_db == [pytest.approx(30.0), pytest.approx(0.0)]
+    assert sums.pooled_db == pytest.approx(10 * math.log10(1001 / 2))
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "expected"),
+    [(1.0, 0.0, 200.0), (0.0, 0.0, 200.0), (0.0, 1.0, None), (1.0, 1e-30, 200.0)],
+)
+def test_sqnr_at_its_edges(signal: float, noise: float, expected: float | None) -> None:
+    assert metrics.sqnr_db(signal, noise) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_sqnr_of_a_nan_or_infinite_output_is_null(bad: float) -> None:
+    assert metrics.sqnr_db(1.0, bad) is None
+    assert metrics.SqnrSums().pooled_db is None

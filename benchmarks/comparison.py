@@ -1,0 +1,129 @@
+"""The nouns of a comparison: what was asked, one picture, one level's row, the whole document.
+
+`Comparison` is what report.json holds and what the page is drawn from. What couldn't be measured
+is null; NaN and Infinity are refused.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Comparison", "Conditions", "Picture", "Row", "Settings", "Shot"]
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Noun(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Settings(_Noun):
+    """What every contestant was asked to do."""
+
+    prompts: tuple[str, ...]
+    prompts_source: str
+    """The prompt file, or what stood in for it, in words."""
+    seeds: int
+    """Pictures per prompt; picture k of the whole run has seed k."""
+    steps: int
+    guidance: Finite
+    threads: int
+    """Threads of every process, the plain pipeline's too."""
+    sqnr_prompts: int
+    """How many prompts' trajectories the SQNR is pooled over."""
+
+
+class Conditions(_Noun):
+    """Where and with what it was measured."""
+
+    date: datetime
+    cpu: str
+    isa: tuple[str, ...]
+    cores: int
+    ram_bytes: int
+    os: str
+    load_before: Finite | None
+    """Load average over a minute, before the first process started; null where there is none."""
+    load_after: Finite | None
+    versions: dict[str, str]
+
+
+class Shot(_Noun):
+    """One contestant's picture for one prompt and seed."""
+
+    file: str
+    """Relative to the report, with forward slashes."""
+    seconds: Finite
+    psnr_db: Finite
+    ssim: Finite | None
+    flip: Finite | None
+
+
+class Picture(_Noun):
+    """The same prompt and seed by every contestant."""
+
+    prompt: str
+    seed: int
+    shots: dict[str, Shot]
+    """By contestant's name; the reference is among them."""
+
+
+class Row(_Noun):
+    """One level's figures: sizes, then speed and memory, then quality against the reference."""
+
+    name: str
+    reference: bool = False
+    """Whether the others are measured against this row."""
+    backend: str | None = None
+    dtype: str | None = None
+    digest: str | None = None
+    bytes: int
+    denoiser_bytes: int | None = None
+    denoiser_fp32_bytes: int | None = None
+    bytes_vs_fp32: Finite | None = None
+    """denoiser_bytes / denoiser_fp32_bytes."""
+    load_seconds: Finite | None = None
+    seconds_per_image: Finite
+    """Median over the pictures."""
+    seconds_quartiles: tuple[Finite, Finite]
+    speedup: Finite
+    """The reference's median over this one."""
+    speedup_quartiles: tuple[Finite, Finite]
+    """Of the ratios picture by picture: each pair ran within seconds of each other."""
+    peak_rss_bytes: int | None
+    psnr_db: Finite
+    """Mean over the pictures, identical ones counting as 100 dB."""
+    ssim: Finite | None
+    flip: Finite | None
+    sqnr_db: Finite | None
+    sqnr_db_per_step: tuple[Finite | None, ...] = ()
+    adherence: Finite | None = None
+    """0..1, mean over the attributes, of all pictures made."""
+    adherence_attributes: dict[str, Finite] = {}
+    worst: int | None = None
+    """Index in `pictures` of the picture farthest from the reference, by PSNR."""
+
+
+class Comparison(_Noun):
+    """Everything that one run of `kiln compare` found."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    model_digest: str
+    complete: bool
+    """False when it was interrupted; the figures are then those of the pictures finished."""
+    settings: Settings
+    conditions: Conditions
+    levels: tuple[Row, ...]
+    """The reference first, then the levels as asked for."""
+    pictures: tuple[Picture, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader must know: what couldn't be measured and why."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The document without its pictures, for one line of JSON."""
+        return self.model_dump(mode="json", exclude={"pictures"})

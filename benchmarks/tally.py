@@ -1,0 +1,221 @@
+"""Turns what was measured into a `Comparison`: distances, adherence, medians, ratios, notes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.comparison import Comparison, Conditions, Picture, Row, Shot
+from benchmarks.contestants import REFERENCE, Contestant
+from benchmarks.measure import Measured, Taken
+from benchmarks.metrics import SQNR_CAP_DB, PictureDistance, SqnrSums, picture_distance
+from benchmarks.metrics import Picture as Pixels
+
+__all__ = ["About", "Judge", "Judgement", "tally"]
+
+_BUSY = 0.25
+"""Load average per core, before the run, above which the reader is told."""
+
+
+class Judgement(Protocol):
+    """What a judge says of a set of pictures."""
+
+    @property
+    def mean(self) -> float:
+        """0..1, over the attributes."""
+        ...
+
+    @property
+    def attributes(self) -> Mapping[str, float]:
+        """0..1 each."""
+        ...
+
+
+class Judge(Protocol):
+    """The model's own measure of how well pictures show what their captions say."""
+
+    def score(self, images: Sequence[Any], captions: Sequence[str]) -> Judgement:
+        """Judge picture i by caption i; ValueError for captions it can't read."""
+        ...
+
+
+@dataclass(frozen=True)
+class About:
+    """What the measurement itself doesn't know."""
+
+    model: str
+    model_digest: str
+    conditions: Conditions
+    folder: Path
+    """The report's folder; pictures lie in it."""
+    notes: tuple[str, ...] = ()
+
+
+def tally(
+    measured: Measured,
+    contestants: Sequence[Contestant],
+    *,
+    about: About,
+    judge: Judge | None = None,
+) -> Comparison:
+    """Make the document; the contestants in the order of its rows, the reference first."""
+    pixels = {c.name: [_pixels(taken[c.name]) for _, taken in measured.rounds] for c in contestants}
+    distances = {
+        name: [picture_distance(a, b) for a, b in zip(pixels[REFERENCE], own, strict=True)]
+        for name, own in pixels.items()
+    }
+    judgements, judge_notes = _judge(judge, pixels, [task.prompt for task, _ in measured.rounds])
+    rows = tuple(
+        _row(contestant, measured, distances[contestant.name], judgements.get(contestant.name))
+        for contestant in contestants
+    )
+    return Comparison(
+        model=about.model,
+        model_digest=about.model_digest,
+        complete=measured.complete,
+        settings=measured.settings,
+        conditions=about.conditions,
+        levels=rows,
+        pictures=_pictures(measured, distances, about.folder),
+        notes=(*about.notes, *_notes(measured, rows, about.conditions), *judge_notes),
+    )
+
+
+def _pixels(taken: Taken) -> Pixels:
+    with Image.open(taken.path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _pictures(
+    measured: Measured, distances: Mapping[str, Sequence[PictureDistance]], folder: Path
+) -> tuple[Picture, ...]:
+    return tuple(
+        Picture(
+            prompt=task.prompt,
+            seed=task.seed,
+            shots={
+                name: Shot(
+                    file=shot.path.relative_to(folder).as_posix(),
+                    seconds=shot.seconds,
+                    psnr_db=distances[name][index].psnr_db,
+                    ssim=distances[name][index].ssim,
+                    flip=distances[name][index].flip,
+                )
+                for name, shot in taken.items()
+            },
+        )
+        for index, (task, taken) in enumerate(measured.rounds)
+    )
+
+
+def _row(
+    contestant: Contestant,
+    measured: Measured,
+    distances: Sequence[PictureDistance],
+    judgement: Judgement | None,
+) -> Row:
+    name, reference = contestant.name, contestant.name == REFERENCE
+    seconds = np.array([taken[name].seconds for _, taken in measured.rounds])
+    baseline = np.array([taken[REFERENCE].seconds for _, taken in measured.rounds])
+    psnr = [distance.psnr_db for distance in distances]
+    steps, pooled = _sqnr(measured.sqnr.get(name), reference=reference)
+    fp32 = _fp32_bytes(contestant, measured)
+    return Row(
+        name=name,
+        reference=reference,
+        backend=contestant.backend,
+        dtype=contestant.dtype,
+        digest=contestant.digest,
+        bytes=contestant.bytes,
+        denoiser_bytes=contestant.denoiser_bytes,
+        denoiser_fp32_bytes=fp32,
+        bytes_vs_fp32=contestant.denoiser_bytes / fp32
+        if fp32 and contestant.denoiser_bytes
+        else None,
+        load_seconds=measured.loaded[name]["load_seconds"],
+        seconds_per_image=float(np.median(seconds)),
+        seconds_quartiles=_quartiles(seconds),
+        speedup=float(np.median(baseline) / np.median(seconds)),
+        speedup_quartiles=_quartiles(baseline / seconds),
+        peak_rss_bytes=measured.peaks.get(name),
+        psnr_db=float(np.mean(psnr)),
+        ssim=_mean([distance.ssim for distance in distances]),
+        flip=_mean([distance.flip for distance in distances]),
+        sqnr_db=pooled,
+        sqnr_db_per_step=steps,
+        adherence=None if judgement is None else float(judgement.mean),
+        adherence_attributes={}
+        if judgement is None
+        else {key: float(value) for key, value in judgement.attributes.items()},
+        worst=None if reference else int(np.argmin(psnr)),
+    )
+
+
+def _sqnr(
+    sums: SqnrSums | None, *, reference: bool
+) -> tuple[tuple[float | None, ...], float | None]:
+    """Per step and pooled; the reference equals itself."""
+    if reference:
+        return (), SQNR_CAP_DB
+    return ((), None) if sums is None else (tuple(sums.per_step_db), sums.pooled_db)
+
+
+def _fp32_bytes(contestant: Contestant, measured: Measured) -> int | None:
+    """As the bundle says, or counted by the plain pipeline's process."""
+    if contestant.denoiser_fp32_bytes is not None:
+        return contestant.denoiser_fp32_bytes
+    parameters = measured.loaded[contestant.name].get("denoiser_parameters")
+    return 4 * int(parameters) if contestant.kind == "diffusers" and parameters else None
+
+
+def _judge(
+    judge: Judge | None, pixels: Mapping[str, Sequence[Pixels]], captions: Sequence[str]
+) -> tuple[dict[str, Judgement], tuple[str, ...]]:
+    if judge is None:
+        return {}, ()
+    try:
+        return {
+            name: judge.score([Image.fromarray(item) for item in own], captions)
+            for name, own in pixels.items()
+        }, ()
+    except ValueError as error:
+        return {}, (f"Caption adherence wasn't measured: {error}.",)
+
+
+def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> list[str]:
+    notes = []
+    if not measured.complete:
+        total = len(measured.settings.prompts) * measured.settings.seeds
+        notes.append(
+            f"Interrupted: {len(measured.rounds)} of {total} pictures are counted for every row, "
+            "and what comes after the pictures (SQNR, peak memory) may be missing."
+        )
+    for row in rows:
+        sums = measured.sqnr.get(row.name)
+        if sums is not None and not all(map(math.isfinite, sums.noise)):
+            notes.append(f"{row.name}: the denoiser gave NaN or Infinity, so its SQNR is null.")
+    if any(row.flip is None for row in rows):
+        notes.append("FLIP wasn't measured: pip install flip-evaluator.")
+    load = conditions.load_before
+    if load is not None and load > _BUSY * conditions.cores:
+        notes.append(
+            f"The machine was busy: load average {load:.1f} on {conditions.cores} cores before "
+            "the run. Contestants took turns, so ratios suffer less than seconds."
+        )
+    return notes
+
+
+def _quartiles(values: Any) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float(low), float(high)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None

@@ -1,0 +1,153 @@
+"""A model as the user names it (hub id, diffusers folder, single file) -> a folder that was checked.
+
+Whatever came in, what comes out is a diffusers folder, its family, and the digest of every file
+that is used. Nothing here imports torch, except the conversion of a single file on its first use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from optimizer.digests import FileDigest, digest, sha256_file
+from optimizer.layout import PICKLES, choose_files, family_of, variant_of
+from optimizer.store import Store
+from optimizer.weights import Parameter, read_header
+from profiles.errors import SpecError
+
+__all__ = ["ModelSource", "resolve"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checked diffusers folder; equal digests mean equal models."""
+
+    name: str
+    """As the user gave it."""
+    kind: Literal["folder", "hub", "single-file"]
+    """What the user gave."""
+    folder: Path
+    """A diffusers folder, whatever came in."""
+    revision: str | None
+    """The hub's commit, for kind "hub" only."""
+    family: str
+    """A name of `optimizer.families.FAMILIES`."""
+    pipeline_class: str
+    """Of model_index.json."""
+    files: Mapping[str, FileDigest]
+    """Every file of the folder that is used, by its relative posix path."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of all used files: the same wherever the folder lies."""
+        return digest({name: [file.size, file.sha256] for name, file in self.files.items()})
+
+    def component_config(self, name: str) -> dict[str, Any]:
+        """Return the config of a component's folder, such as "unet" or "scheduler"."""
+        for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):
+            if f"{name}/{file}" in self.files:
+                return _read_json(self.folder / name / file)
+        raise SpecError(f"{self.folder / name} has no config.json: download the model again")
+
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """Return the safetensors files of a component's folder, shards in order."""
+        return tuple(
+            self.folder / name
+            for name in sorted(self.files)
+            if name.startswith(f"{component}/") and name.endswith(".safetensors")
+        )
+
+    def variant(self, component: str) -> str | None:
+        """Return the variant ("fp16") to ask `from_pretrained` for, or None."""
+        return next((variant_of(path.name) for path in self.weight_files(component)), None)
+
+    def parameters(self, component: str) -> dict[str, Parameter]:
+        """Return shape and type of every parameter of a component, as its files name them."""
+        return {
+            name: parameter
+            for path in self.weight_files(component)
+            for name, parameter in read_header(path).items()
+        }
+
+
+def resolve(model: str, *, revision: str | None = None, store: Store | None = None) -> ModelSource:
+    """Find, fetch or convert a model, and check every file of it that is used.
+
+    `store` keeps converted single files. Raises `SpecError` for what is wrong with the input,
+    `UnsupportedError` for a family that isn't known, `MissingError` for a model that is neither on
+    disk nor can be fetched.
+    """
+    path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise SpecError(f"{model} is on disk and has no revisions: leave --revision out")
+    if path.is_dir():
+        return _source(path, name=model, kind="folder", revision=None)
+    if path.is_file():
+        from optimizer.single_file import convert
+
+        folder = convert(path, store or Store())
+        return _source(folder, name=model, kind="single-file", revision=None)
+    if not _HUB_ID.fullmatch(model) or path.suffix in (*PICKLES, ".safetensors"):
+        raise SpecError(
+            f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
+            ".safetensors checkpoint, or a hub id such as owner/name"
+        )
+    from optimizer.hub import fetch
+
+    folder = fetch(model, revision=revision)
+    return _source(folder, name=model, kind="hub", revision=folder.name)
+
+
+def _source(
+    folder: Path, *, name: str, kind: Literal["folder", "hub", "single-file"], revision: str | None
+) -> ModelSource:
+    index = _read_index(folder)
+    family = family_of(index, where=name)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    used = choose_files(names, index=index, where=str(folder))
+    for file in used:
+        if file.endswith(".safetensors"):
+            read_header(folder / file)
+    return ModelSource(
+        name=name,
+        kind=kind,
+        folder=folder,
+        revision=revision,
+        family=family,
+        pipeline_class=index["_class_name"],
+        files={
+            file: FileDigest((folder / file).stat().st_size, sha256_file(folder / file))
+            for file in used
+        },
+    )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if (folder / "model_index.json").is_file():
+        return _read_json(folder / "model_index.json")
+    if (folder / "manifest.json").is_file():
+        raise SpecError(
+            f"{folder} is a kiln bundle: give the model that it was made from, which `kiln inspect "
+            f"{folder}` names"
+        )
+    checkpoints = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = (
+        f"give {folder / checkpoints[0]} itself" if checkpoints else "give the folder that has it"
+    )
+    raise SpecError(f"{folder} is not a diffusers pipeline: it has no model_index.json; {hint}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SpecError(f"{path} is damaged: {error}; download it again") from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{path} is damaged: it holds no JSON object; download it again")
+    return document

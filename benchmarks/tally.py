@@ -65,12 +65,8 @@ def tally(
     judge: Judge | None = None,
 ) -> Comparison:
     """Make the document; the contestants in the order of its rows, the reference first."""
-    pixels = {c.name: [_pixels(taken[c.name]) for _, taken in measured.rounds] for c in contestants}
-    distances = {
-        name: [picture_distance(a, b) for a, b in zip(pixels[REFERENCE], own, strict=True)]
-        for name, own in pixels.items()
-    }
-    judgements, judge_notes = _judge(judge, pixels, [task.prompt for task, _ in measured.rounds])
+    distances = {c.name: _distances(measured, c.name) for c in contestants}
+    judgements, judge_notes = _judge(judge, measured, [c.name for c in contestants])
     rows = tuple(
         _row(contestant, measured, distances[contestant.name], judgements.get(contestant.name))
         for contestant in contestants
@@ -90,6 +86,13 @@ def tally(
 def _pixels(taken: Taken) -> Pixels:
     with Image.open(taken.path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def _distances(measured: Measured, name: str) -> list[PictureDistance]:
+    return [
+        picture_distance(_pixels(taken[REFERENCE]), _pixels(taken[name]))
+        for _, taken in measured.rounds
+    ]
 
 
 def _pictures(
@@ -175,17 +178,20 @@ def _fp32_bytes(contestant: Contestant, measured: Measured) -> int | None:
 
 
 def _judge(
-    judge: Judge | None, pixels: Mapping[str, Sequence[Pixels]], captions: Sequence[str]
+    judge: Judge | None, measured: Measured, names: Sequence[str]
 ) -> tuple[dict[str, Judgement], tuple[str, ...]]:
+    """Each contestant's judgement and what to tell the reader; one's pictures at a time."""
     if judge is None:
         return {}, ()
-    try:
-        return {
-            name: judge.score([Image.fromarray(item) for item in own], captions)
-            for name, own in pixels.items()
-        }, ()
-    except ValueError as error:
-        return {}, (f"Caption adherence wasn't measured: {error}.",)
+    captions = [task.prompt for task, _ in measured.rounds]
+    judgements = {}
+    for name in names:
+        pictures = [Image.fromarray(_pixels(taken[name])) for _, taken in measured.rounds]
+        try:
+            judgements[name] = judge.score(pictures, captions)
+        except ValueError as error:
+            return {}, (f"Caption adherence wasn't measured: {error}.",)
+    return judgements, ()
 
 
 def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> list[str]:

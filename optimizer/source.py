@@ -1,4 +1,4 @@
-"""A model as the user names it (hub id, diffusers folder, single file) -> a folder that was checked.
+"""A model as the user names it (hub id, diffusers folder, single file) -> a checked folder.
 
 Whatever came in, what comes out is a diffusers folder, its family, and the digest of every file
 that is used. Nothing here imports torch, except the conversion of a single file on its first use.
@@ -136,11 +136,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is a kiln bundle: give the model that it was made from, which `kiln inspect "
             f"{folder}` names"
         )
+    raise SpecError(
+        f"{folder} is not a diffusers pipeline: it has no model_index.json; {_hint(folder)}"
+    )
+
+
+def _hint(folder: Path) -> str:
+    if (folder / "config.json").is_file():
+        return f"it may be one component: give the whole model, such as {folder.parent}"
     checkpoints = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = (
+    return (
         f"give {folder / checkpoints[0]} itself" if checkpoints else "give the folder that has it"
     )
-    raise SpecError(f"{folder} is not a diffusers pipeline: it has no model_index.json; {hint}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

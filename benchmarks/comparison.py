@@ -60,6 +60,8 @@ class Shot(_Noun):
     psnr_db: Finite
     ssim: Finite | None
     flip: Finite | None
+    adherence: Finite | None = None
+    """0..1, how well this picture shows its prompt."""
 
 
 class Picture(_Noun):

@@ -16,6 +16,7 @@ from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured, Taken
 from benchmarks.metrics import SQNR_CAP_DB, PictureDistance, SqnrSums, picture_distance
 from benchmarks.metrics import Picture as Pixels
+from profiles.errors import SpecError
 
 __all__ = ["About", "Judge", "Judgement", "tally"]
 
@@ -36,12 +37,17 @@ class Judgement(Protocol):
         """0..1 each."""
         ...
 
+    @property
+    def per_image(self) -> Sequence[float]:
+        """0..1 for each picture."""
+        ...
+
 
 class Judge(Protocol):
     """The model's own measure of how well pictures show what their captions say."""
 
     def score(self, images: Sequence[Any], captions: Sequence[str]) -> Judgement:
-        """Judge picture i by caption i; ValueError for captions it can't read."""
+        """Judge picture i by caption i; SpecError for captions it can't read."""
         ...
 
 
@@ -78,7 +84,7 @@ def tally(
         settings=measured.settings,
         conditions=about.conditions,
         levels=rows,
-        pictures=_pictures(measured, distances, about.folder),
+        pictures=_pictures(measured, distances, judgements, about.folder),
         notes=(*about.notes, *_notes(measured, rows, about.conditions), *judge_notes),
     )
 
@@ -96,7 +102,10 @@ def _distances(measured: Measured, name: str) -> list[PictureDistance]:
 
 
 def _pictures(
-    measured: Measured, distances: Mapping[str, Sequence[PictureDistance]], folder: Path
+    measured: Measured,
+    distances: Mapping[str, Sequence[PictureDistance]],
+    judgements: Mapping[str, Judgement],
+    folder: Path,
 ) -> tuple[Picture, ...]:
     return tuple(
         Picture(
@@ -109,6 +118,7 @@ def _pictures(
                     psnr_db=distances[name][index].psnr_db,
                     ssim=distances[name][index].ssim,
                     flip=distances[name][index].flip,
+                    adherence=judgements[name].per_image[index] if name in judgements else None,
                 )
                 for name, shot in taken.items()
             },
@@ -189,8 +199,8 @@ def _judge(
         pictures = [Image.fromarray(_pixels(taken[name])) for _, taken in measured.rounds]
         try:
             judgements[name] = judge.score(pictures, captions)
-        except ValueError as error:
-            return {}, (f"Caption adherence wasn't measured: {error}.",)
+        except SpecError as error:
+            return {}, (f"Caption adherence wasn't measured: {str(error).split('; ')[0]}.",)
     return judgements, ()
 
 

@@ -1,0 +1,59 @@
+"""Reads where and with what a measurement runs: machine, load, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from benchmarks.comparison import Conditions
+from profiles.hardware import Hardware
+
+__all__ = ["conditions", "load_average", "tool_versions"]
+
+_TOOLS = (
+    "kiln-diffusion",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "scikit-image",
+    "flip-evaluator",
+)
+
+
+def conditions(
+    hardware: Hardware, *, date: datetime, load_before: float | None, load_after: float | None
+) -> Conditions:
+    """Put together what a report says of the machine."""
+    return Conditions(
+        date=date,
+        cpu=hardware.cpu.name,
+        isa=hardware.cpu.isa,
+        cores=hardware.cpu.cores,
+        ram_bytes=hardware.ram_bytes,
+        os=f"{hardware.os} {platform.release()} {hardware.machine}",
+        load_before=load_before,
+        load_after=load_after,
+        versions=tool_versions(),
+    )
+
+
+def load_average() -> float | None:
+    """The load average over one minute; None on systems that have none (Windows)."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of Python and of the packages, those that are installed, that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

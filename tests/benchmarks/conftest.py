@@ -1,0 +1,100 @@
+"""A finished measurement with pictures on disk, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.comparison import Comparison, Conditions, Settings
+from benchmarks.contestants import REFERENCE, Contestant
+from benchmarks.measure import Measured, Taken, Task
+from benchmarks.metrics import SqnrSums
+from benchmarks.tally import About, tally
+
+NAMES = (REFERENCE, "int8", "int4")
+SECONDS = (0.9, 0.3, 0.45)
+NOISE = (0, 4, 16)
+
+
+def contestants(folder: Path) -> tuple[Contestant, ...]:
+    sizes = ((4000, 2000, 4000), (1200, 1000, 4000), (900, 800, 4000))
+    return tuple(
+        Contestant(name, "bundle", folder, *size, digest=f"sha256:{name}")
+        for name, size in zip(NAMES, sizes, strict=True)
+    )
+
+
+def measured(folder: Path, prompts: tuple[str, ...], *, side: int = 16) -> Measured:
+    """Grey pictures with noise that grows with the prompt's index, a second slower each level."""
+    settings = Settings(
+        prompts=prompts,
+        prompts_source="a test",
+        seeds=1,
+        steps=3,
+        guidance=5.0,
+        threads=1,
+        sqnr_prompts=1,
+    )
+    result = Measured(settings, {name: {"load_seconds": 1.0} for name in NAMES}, complete=True)
+    rng = np.random.default_rng(0)
+    for index, prompt in enumerate(prompts):
+        taken = {}
+        for entrant, seconds, noise in zip(contestants(folder), SECONDS, NOISE, strict=True):
+            path = folder / "images" / entrant.slug / f"{index + 1:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            error = rng.normal(0, noise * (1 + index), (side, side, 3)) if noise else 0
+            pixels = np.clip(np.full((side, side, 3), 128) + error, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path)
+            taken[entrant.name] = Taken(path, seconds * (1 + index))
+        result.rounds.append((Task(prompt, index), taken))
+    for name, noise in zip(NAMES[1:], (1.0, 10.0), strict=True):
+        sums = result.sqnr[name] = SqnrSums()
+        for step in range(3):
+            sums.add(step, signal=1000.0, noise=noise)
+    result.peaks = dict.fromkeys(NAMES, 500_000_000)
+    return result
+
+
+def about(folder: Path, *, load: float | None = 0.0) -> About:
+    conditions = Conditions(
+        date=datetime(2025, 11, 23, 12, 0, tzinfo=UTC),
+        cpu="A processor",
+        isa=("avx2",),
+        cores=2,
+        ram_bytes=8_000_000_000,
+        os="Linux",
+        load_before=load,
+        load_after=load,
+        versions={"python": "3.11"},
+    )
+    return About("a model", "sha256:00", conditions, folder)
+
+
+@pytest.fixture
+def measurement(tmp_path: Path) -> Callable[..., Measured]:
+    """Make a measurement of some prompts, its pictures under `tmp_path`/images."""
+
+    def make(*prompts: str, side: int = 16) -> Measured:
+        return measured(tmp_path, prompts, side=side)
+
+    return make
+
+
+@pytest.fixture
+def compare_measured(tmp_path: Path) -> Callable[..., Comparison]:
+    """Tally a measurement whose pictures lie under `tmp_path`."""
+
+    def make(result: Measured, *, load: float | None = 0.0, judge: object = None) -> Comparison:
+        return tally(
+            result,
+            contestants(tmp_path),
+            about=about(tmp_path, load=load),
+            judge=judge,  # type: ignore[arg-type]
+        )
+
+    return make

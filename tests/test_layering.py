@@ -67,7 +67,7 @@ def test_every_direct_dependency_has_its_tested_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9.]*", pin) for pin in pins)
-    assert pins == sorted(pins)
+    assert pins == sorted(pins, key=requirement_name)
     assert {requirement_name(pin) for pin in pins} == direct_dependencies() - UNTESTED
 
 

@@ -66,7 +66,6 @@ class Session:
             "load_seconds": seconds,
             "steps": call["num_inference_steps"].default,
             "guidance": call["guidance_scale"].default,
-            "denoiser_parameters": sum(p.numel() for p in self._denoiser.parameters()),
         }
 
     def _image(self, request: Request) -> Reply:

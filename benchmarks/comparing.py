@@ -38,10 +38,10 @@ def carry_out(wish: Wish, console: Console) -> None:
     """Do all of it; raises KeyboardInterrupt after reporting a run that Ctrl-C ended early."""
     quiet_libraries()
     _check_tools()
-    from benchmarks.levels import check_levels, contestants
+    from benchmarks.levels import contestants, level_recipes
     from optimizer.source import resolve
 
-    check_levels(wish)
+    level_recipes(wish)
     source = resolve(wish.model, revision=wish.revision)
     request = _request(wish, source.folder)
     with _writing(wish.out):

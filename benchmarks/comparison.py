@@ -79,15 +79,17 @@ class Row(_Noun):
     name: str
     reference: bool = False
     """Whether the others are measured against this row."""
-    backend: str | None = None
-    dtype: str | None = None
+    backend: str
+    dtype: str
+    """What it computes in, quantized layers aside."""
     digest: str | None = None
     bytes: int
-    denoiser_bytes: int | None = None
-    denoiser_fp32_bytes: int | None = None
-    bytes_vs_fp32: Finite | None = None
+    denoiser_bytes: int
+    denoiser_fp32_bytes: int
+    bytes_vs_fp32: Finite
     """denoiser_bytes / denoiser_fp32_bytes."""
-    load_seconds: Finite | None = None
+    ready_seconds: Finite
+    """Loading, and a first picture of two steps that isn't counted: engines open at first use."""
     seconds_per_image: Finite
     """Median over the pictures."""
     seconds_quartiles: tuple[Finite, Finite]
@@ -101,7 +103,7 @@ class Row(_Noun):
     ssim: Finite | None
     flip: Finite | None
     sqnr_db: Finite | None
-    sqnr_db_per_step: tuple[Finite | None, ...] = ()
+    sqnr_db_per_step: tuple[Finite, ...] = ()
     adherence: Finite | None = None
     """0..1, mean over the attributes, of all pictures made."""
     adherence_attributes: dict[str, Finite] = {}

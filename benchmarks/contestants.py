@@ -34,16 +34,17 @@ class Contestant:
     kind: Literal["diffusers", "bundle"]
     path: Path
     """The diffusers folder or the bundle."""
+    backend: str
+    dtype: str
+    """What it computes in, quantized layers aside."""
     bytes: int
     """Size on disk of all that it loads."""
-    denoiser_bytes: int | None = None
+    denoiser_bytes: int
     """Size on disk of the denoiser: graph and weights."""
-    denoiser_fp32_bytes: int | None = None
+    denoiser_fp32_bytes: int
     """4 x the denoiser's parameters."""
     digest: str | None = None
-    """The bundle's digest."""
-    backend: str | None = None
-    dtype: str | None = None
+    """The bundle's."""
 
     @property
     def slug(self) -> str:

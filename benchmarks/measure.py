@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.comparison import Settings
 from benchmarks.contestants import Asked, Contestant, Worker
-from benchmarks.metrics import SqnrSums
+from benchmarks.metrics import StepSqnr
 from runners.console import Console, Stage
 
 __all__ = ["Measured", "Request", "Start", "Taken", "Task", "measure"]
@@ -63,10 +63,12 @@ class Measured:
     settings: Settings
     loaded: Mapping[str, Mapping[str, Any]]
     """Each contestant's answer to "load"."""
+    ready_seconds: Mapping[str, float]
+    """From the start of loading to the end of the picture that isn't counted."""
     rounds: list[tuple[Task, dict[str, Taken]]] = field(default_factory=list)
     """Tasks that every contestant finished."""
     peaks: dict[str, int | None] = field(default_factory=dict)
-    sqnr: dict[str, SqnrSums] = field(default_factory=dict)
+    sqnr: dict[str, StepSqnr] = field(default_factory=dict)
     """By contestant, the reference aside."""
     complete: bool = False
 
@@ -100,8 +102,8 @@ def measure(
             for contestant in contestants
         ]
         loaded = _load(workers, contestants, request.threads, console)
-        measured = Measured(_settings(request, loaded[workers[0].name]), loaded)
-        _warm_up(workers, measured.settings, scratch)
+        settings = _settings(request, loaded[workers[0].name])
+        measured = Measured(settings, loaded, _warm_up(workers, settings, loaded, scratch))
         try:
             _make_pictures(workers, measured, _folders(contestants, images), console)
             measured.peaks = {w.name: w.ask({"op": "peak"})["peak_rss_bytes"] for w in workers}
@@ -151,13 +153,20 @@ def _settings(request: Request, loaded: Mapping[str, Any]) -> Settings:
     )
 
 
-def _warm_up(workers: Sequence[Asked], settings: Settings, scratch: Path) -> None:
-    """One short picture each that isn't counted: kernels are chosen, memory is touched."""
+def _warm_up(
+    workers: Sequence[Asked],
+    settings: Settings,
+    loaded: Mapping[str, Mapping[str, Any]],
+    scratch: Path,
+) -> dict[str, float]:
+    """One short picture each that isn't counted: engines open, memory is touched."""
+    ready: dict[str, float] = {}
     for worker in workers:
-        request = _picture_request(
-            Task(settings.prompts[0], 0), settings, scratch / f"{id(worker)}.png"
-        )
-        worker.ask({**request, "steps": min(_WARM_UP_STEPS, settings.steps)})
+        picture = scratch / f"{len(ready)}.png"
+        request = _picture_request(Task(settings.prompts[0], 0), settings, picture)
+        answer = worker.ask({**request, "steps": min(_WARM_UP_STEPS, settings.steps)})
+        ready[worker.name] = loaded[worker.name]["load_seconds"] + answer["seconds"]
+    return ready
 
 
 def _make_pictures(
@@ -193,10 +202,10 @@ def _force(workers: Sequence[Asked], measured: Measured, scratch: Path, console:
                 _replay(others, measured.sqnr, folder, stage)
 
 
-def _replay(others: Sequence[Asked], sqnr: dict[str, SqnrSums], folder: Path, stage: Stage) -> None:
+def _replay(others: Sequence[Asked], sqnr: dict[str, StepSqnr], folder: Path, stage: Stage) -> None:
     for worker in others:
         answer = worker.ask({"op": "replay", "folder": str(folder)})
-        sums = sqnr.setdefault(worker.name, SqnrSums())
+        sums = sqnr.setdefault(worker.name, StepSqnr())
         for step, (signal, noise) in enumerate(zip(answer["signal"], answer["noise"], strict=True)):
             sums.add(step, signal=signal, noise=noise)
         stage.advance()

@@ -12,25 +12,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from optimizer.numerics import Sqnr
+
 __all__ = [
     "DIFFERENCE_GAIN",
     "FLIP_PIXELS_PER_DEGREE",
     "PSNR_CAP_DB",
-    "SQNR_CAP_DB",
     "PictureDistance",
-    "SqnrSums",
+    "StepSqnr",
     "difference_map",
     "flip",
     "picture_distance",
     "psnr_db",
-    "sqnr_db",
     "ssim",
 ]
 
 Picture = npt.NDArray[np.uint8]
-
-SQNR_CAP_DB = 200.0
-"""Exact equality, by the project's definition of `sqnr_db`."""
 
 PSNR_CAP_DB = 100.0
 """Identical pictures. One step of one channel of one pixel is 89 dB at 64x64 and 113 dB at
@@ -118,41 +115,37 @@ def difference_map(reference: Picture, picture: Picture) -> Picture:
     return np.clip(error, 0, 255).astype(np.uint8)
 
 
-def sqnr_db(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise) from sums of squares; 200 dB for no noise, None without a signal."""
-    if not (math.isfinite(signal) and math.isfinite(noise)):
-        return None
-    if noise == 0:
-        return SQNR_CAP_DB
-    if signal == 0:
-        return None
-    return min(SQNR_CAP_DB, 10 * math.log10(signal / noise))
-
-
 @dataclass
-class SqnrSums:
-    """Sums of squares of the reference and of the error, by step, over any number of prompts."""
+class StepSqnr:
+    """A denoiser's SQNR by step, pooled over prompts; `optimizer.numerics` says what SQNR is."""
 
-    signal: list[float] = field(default_factory=list)
-    noise: list[float] = field(default_factory=list)
+    steps: list[Sqnr] = field(default_factory=list)
 
     def add(self, step: int, *, signal: float, noise: float) -> None:
-        """Add one denoiser call's sums to those of its step."""
-        while len(self.signal) <= step:
-            self.signal.append(0.0)
-            self.noise.append(0.0)
-        self.signal[step] += signal
-        self.noise[step] += noise
+        """Add one denoiser call's sums of squares to those of its step."""
+        while len(self.steps) <= step:
+            self.steps.append(Sqnr())
+        self.steps[step].signal += signal
+        self.steps[step].error += noise if math.isfinite(noise) else math.inf
 
     @property
-    def per_step_db(self) -> list[float | None]:
-        """SQNR of each step, pooled over prompts."""
-        return [sqnr_db(s, n) for s, n in zip(self.signal, self.noise, strict=True)]
+    def per_step_db(self) -> tuple[float, ...]:
+        """Of each step."""
+        return tuple(step.db for step in self.steps)
 
     @property
     def pooled_db(self) -> float | None:
-        """SQNR pooled over steps and prompts; None before anything was added."""
-        return sqnr_db(sum(self.signal), sum(self.noise)) if self.signal else None
+        """Pooled over the steps as well; None before anything was added."""
+        pooled = Sqnr()
+        for step in self.steps:
+            pooled.signal += step.signal
+            pooled.error += step.error
+        return pooled.db if self.steps else None
+
+    @property
+    def finite(self) -> bool:
+        """Whether no output had a NaN or an infinity in it."""
+        return not any(math.isinf(step.error) for step in self.steps)
 
 
 def _signed(picture: Picture) -> npt.NDArray[np.int32]:

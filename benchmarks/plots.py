@@ -7,8 +7,8 @@ reference (200 dB) would press all others to the floor; their labels have the tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.comparison import Comparison, Row
 
@@ -20,6 +20,7 @@ AXIS_TOP_DB = 60.0
 WIDTH, HEIGHT = 520.0, 340.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 20.0, 22.0, 48.0
 _RADIUS = (5.0, 22.0)
+_LABEL_WIDTH, _LABEL_HEIGHT = 130.0, 36.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def speed_plot(comparison: Comparison) -> Plot | None:
     fastest = max(1.0, *(row.speedup for _, row, _ in shown))
     x = _Axis(0, fastest * 1.18, _LEFT, WIDTH - _RIGHT)
     y = _decibels([value for _, _, value in shown])
-    largest = max((row.denoiser_bytes or 0 for _, row, _ in shown), default=0)
+    largest = max((row.denoiser_bytes for _, row, _ in shown), default=0)
     return Plot(
         left=_LEFT,
         right=WIDTH - _RIGHT,
@@ -112,7 +113,7 @@ def speed_plot(comparison: Comparison) -> Plot | None:
         y_ticks=y.ticks(5),
         x_title="times as fast as diffusers fp32",
         y_title="SQNR, dB",
-        marks=tuple(_mark(i, row, (x(row.speedup), y(db)), largest) for i, row, db in shown),
+        marks=_spread(_mark(i, row, (x(row.speedup), y(db)), largest) for i, row, db in shown),
         x_one=x(1.0),
     )
 
@@ -120,7 +121,7 @@ def speed_plot(comparison: Comparison) -> Plot | None:
 def step_plot(comparison: Comparison) -> Plot | None:
     """SQNR at each denoising step, the first one being the noisiest; None without any."""
     rows = _levels(comparison)
-    known = [db for row in rows for db in row.sqnr_db_per_step if db is not None]
+    known = [db for row in rows for db in row.sqnr_db_per_step]
     if not known:
         return None
     steps = max(len(row.sqnr_db_per_step) for row in rows)
@@ -128,7 +129,7 @@ def step_plot(comparison: Comparison) -> Plot | None:
     y = _decibels(known)
     lines = tuple(
         Line(
-            tuple((x(k + 1), y(db)) for k, db in enumerate(row.sqnr_db_per_step) if db is not None),
+            tuple((x(k + 1), y(db)) for k, db in enumerate(row.sqnr_db_per_step)),
             i,
             row.name,
         )
@@ -153,7 +154,7 @@ def _levels(comparison: Comparison) -> list[Row]:
 
 def _mark(index: int, row: Row, at: tuple[float, float], largest: int) -> Mark:
     small, large = _RADIUS
-    share = math.sqrt((row.denoiser_bytes or 0) / largest) if largest else 0.0
+    share = math.sqrt(row.denoiser_bytes / largest) if largest else 0.0
     radius = max(small, large * share)
     x, y = at
     outside = x + radius + 90 > WIDTH
@@ -168,6 +169,19 @@ def _mark(index: int, row: Row, at: tuple[float, float], largest: int) -> Mark:
         label_x=x - radius - 6 if outside else x + radius + 6,
         label_y=max(y, _TOP + 12),
     )
+
+
+def _spread(marks: Iterable[Mark]) -> tuple[Mark, ...]:
+    """From the top down, move a label below those that it would cover."""
+    placed: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: mark.label_y):
+        taken = [
+            other.label_y + _LABEL_HEIGHT
+            for other in placed
+            if abs(other.label_x - mark.label_x) < _LABEL_WIDTH
+        ]
+        placed.append(replace(mark, label_y=max([mark.label_y, *taken])))
+    return tuple(placed)
 
 
 def _decibels(values: Sequence[float]) -> _Axis:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import metrics, plots
 from benchmarks.comparison import Comparison, Row
 from benchmarks.gallery import gallery
+from optimizer.numerics import EXACT_DB
 from runners.console import finite_json
 
 __all__ = ["render", "table", "write"]
@@ -53,6 +54,7 @@ def render(comparison: Comparison, folder: Path) -> str:
         speed=plots.speed_plot(comparison),
         steps=plots.step_plot(comparison),
         metrics=metrics,
+        exact_db=EXACT_DB,
         axis_top=plots.AXIS_TOP_DB,
     )
 
@@ -101,7 +103,7 @@ def _figures(row: Row) -> tuple[str, ...]:
         f"{row.speedup:.2f}x",
         _seconds(row.seconds_per_image),
         _megabytes(row.bytes),
-        _DASH if row.bytes_vs_fp32 is None else f"{row.bytes_vs_fp32:.2f}x",
+        f"{row.bytes_vs_fp32:.2f}x",
         _megabytes(row.peak_rss_bytes),
         *quality,
         _DASH if row.adherence is None else f"{_percent(row.adherence)} %",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from PIL import Image
 from benchmarks.comparison import Comparison, Conditions, Picture, Row, Shot
 from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured, Taken
-from benchmarks.metrics import SQNR_CAP_DB, PictureDistance, SqnrSums, picture_distance
 from benchmarks.metrics import Picture as Pixels
+from benchmarks.metrics import PictureDistance, StepSqnr, picture_distance
+from optimizer.numerics import EXACT_DB
 from profiles.errors import SpecError
 
 __all__ = ["About", "Judge", "Judgement", "tally"]
@@ -138,7 +138,6 @@ def _row(
     baseline = np.array([taken[REFERENCE].seconds for _, taken in measured.rounds])
     psnr = [distance.psnr_db for distance in distances]
     steps, pooled = _sqnr(measured.sqnr.get(name), reference=reference)
-    fp32 = _fp32_bytes(contestant, measured)
     return Row(
         name=name,
         reference=reference,
@@ -147,11 +146,9 @@ def _row(
         digest=contestant.digest,
         bytes=contestant.bytes,
         denoiser_bytes=contestant.denoiser_bytes,
-        denoiser_fp32_bytes=fp32,
-        bytes_vs_fp32=contestant.denoiser_bytes / fp32
-        if fp32 and contestant.denoiser_bytes
-        else None,
-        load_seconds=measured.loaded[name]["load_seconds"],
+        denoiser_fp32_bytes=contestant.denoiser_fp32_bytes,
+        bytes_vs_fp32=contestant.denoiser_bytes / contestant.denoiser_fp32_bytes,
+        ready_seconds=measured.ready_seconds[name],
         seconds_per_image=float(np.median(seconds)),
         seconds_quartiles=_quartiles(seconds),
         speedup=float(np.median(baseline) / np.median(seconds)),
@@ -170,21 +167,11 @@ def _row(
     )
 
 
-def _sqnr(
-    sums: SqnrSums | None, *, reference: bool
-) -> tuple[tuple[float | None, ...], float | None]:
+def _sqnr(sums: StepSqnr | None, *, reference: bool) -> tuple[tuple[float, ...], float | None]:
     """Per step and pooled; the reference equals itself."""
     if reference:
-        return (), SQNR_CAP_DB
-    return ((), None) if sums is None else (tuple(sums.per_step_db), sums.pooled_db)
-
-
-def _fp32_bytes(contestant: Contestant, measured: Measured) -> int | None:
-    """As the bundle says, or counted by the plain pipeline's process."""
-    if contestant.denoiser_fp32_bytes is not None:
-        return contestant.denoiser_fp32_bytes
-    parameters = measured.loaded[contestant.name].get("denoiser_parameters")
-    return 4 * int(parameters) if contestant.kind == "diffusers" and parameters else None
+        return (), EXACT_DB
+    return ((), None) if sums is None else (sums.per_step_db, sums.pooled_db)
 
 
 def _judge(
@@ -200,7 +187,9 @@ def _judge(
         try:
             judgements[name] = judge.score(pictures, captions)
         except SpecError as error:
-            return {}, (f"Caption adherence wasn't measured: {str(error).split('; ')[0]}.",)
+            return {}, (
+                f"Caption adherence wasn't measured: {str(error).split('; ')[0].rstrip('.')}.",
+            )
     return judgements, ()
 
 
@@ -214,8 +203,8 @@ def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> l
         )
     for row in rows:
         sums = measured.sqnr.get(row.name)
-        if sums is not None and not all(map(math.isfinite, sums.noise)):
-            notes.append(f"{row.name}: the denoiser gave NaN or Infinity, so its SQNR is null.")
+        if sums is not None and not sums.finite:
+            notes.append(f"{row.name}: the denoiser gave NaN or Infinity; it is broken.")
     if any(row.flip is None for row in rows):
         notes.append("FLIP wasn't measured: pip install flip-evaluator.")
     load = conditions.load_before

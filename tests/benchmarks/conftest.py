@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from benchmarks.comparison import Comparison, Conditions, Settings
 from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured, Taken, Task
-from benchmarks.metrics import SqnrSums
+from benchmarks.metrics import StepSqnr
 from benchmarks.tally import About, tally
 
 NAMES = (REFERENCE, "int8", "int4")
@@ -24,7 +25,7 @@ NOISE = (0, 4, 16)
 def contestants(folder: Path) -> tuple[Contestant, ...]:
     sizes = ((4000, 2000, 4000), (1200, 1000, 4000), (900, 800, 4000))
     return tuple(
-        Contestant(name, "bundle", folder, *size, digest=f"sha256:{name}")
+        Contestant(name, "bundle", folder, "openvino", "bf16", *size, digest=f"sha256:{name}")
         for name, size in zip(NAMES, sizes, strict=True)
     )
 
@@ -40,7 +41,8 @@ def measured(folder: Path, prompts: tuple[str, ...], *, side: int = 16) -> Measu
         threads=1,
         sqnr_prompts=1,
     )
-    result = Measured(settings, {name: {"load_seconds": 1.0} for name in NAMES}, complete=True)
+    loaded = {name: {"load_seconds": 1.0} for name in NAMES}
+    result = Measured(settings, loaded, dict.fromkeys(NAMES, 1.5), complete=True)
     rng = np.random.default_rng(0)
     for index, prompt in enumerate(prompts):
         taken = {}
@@ -53,7 +55,7 @@ def measured(folder: Path, prompts: tuple[str, ...], *, side: int = 16) -> Measu
             taken[entrant.name] = Taken(path, seconds * (1 + index))
         result.rounds.append((Task(prompt, index), taken))
     for name, noise in zip(NAMES[1:], (1.0, 10.0), strict=True):
-        sums = result.sqnr[name] = SqnrSums()
+        sums = result.sqnr[name] = StepSqnr()
         for step in range(3):
             sums.add(step, signal=1000.0, noise=noise)
     result.peaks = dict.fromkeys(NAMES, 500_000_000)
@@ -73,6 +75,16 @@ def about(folder: Path, *, load: float | None = 0.0) -> About:
         versions={"python": "3.11"},
     )
     return About("a model", "sha256:00", conditions, folder)
+
+
+@pytest.fixture(scope="session")
+def entrant() -> Callable[..., Contestant]:
+    """A contestant of which only name, kind and path matter."""
+
+    def make(name: str, kind: Literal["diffusers", "bundle"], path: Path) -> Contestant:
+        return Contestant(name, kind, path, "diffusers", "fp32", 3, 2, 4)
+
+    return make
 
 
 @pytest.fixture

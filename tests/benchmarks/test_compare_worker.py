@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from benchmarks.contestants import REFERENCE, Contestant, Worker
 from profiles.errors import BuildError, KilnError, OutOfMemory
 from tests.tiny_pipelines import tiny_sd
 
+Make = Callable[..., Contestant]
 Pair = tuple[Worker, Worker, Path]
 
 PICTURE = {"op": "image", "prompt": "a r\N{LATIN SMALL LETTER E WITH ACUTE}d fox", "seed": 3}
@@ -36,15 +37,14 @@ def coarser(model: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory, entrant: Make) -> Iterator[Pair]:
     """The tiny pipeline and a coarser one, loaded by two workers; and a folder."""
     folder = tmp_path_factory.mktemp("workers")
     model = tiny_sd(folder / "model")
     paths = {REFERENCE: model, "coarse": coarser(model, folder / "coarse")}
     workers = []
     for name, path in paths.items():
-        entrant = Contestant(name, "diffusers", path, 1)
-        workers.append(Worker(entrant, folder=folder, threads=1))
+        workers.append(Worker(entrant(name, "diffusers", path), folder=folder, threads=1))
     for worker, path in zip(workers, paths.values(), strict=True):
         worker.ask({"op": "load", "kind": "diffusers", "path": str(path), "threads": 1})
     yield workers[0], workers[1], folder
@@ -86,13 +86,12 @@ def test_the_pipelines_own_defaults_are_reported(pair: Pair) -> None:
         {"op": "load", "kind": "diffusers", "path": str(folder / "model"), "threads": 1}
     )
     assert (answer["steps"], answer["guidance"]) == (50, 7.5)
-    assert answer["denoiser_parameters"] > 3_000_000
 
 
-def test_peak_memory_is_the_childs_own(tmp_path: Path) -> None:
+def test_peak_memory_is_the_childs_own(tmp_path: Path, entrant: Make) -> None:
     """A child's `ru_maxrss` would start at its parent's on Linux."""
     ballast = bytearray(b"x") * 400_000_000
-    worker = Worker(Contestant("int8", "bundle", tmp_path, 1), folder=tmp_path, threads=1)
+    worker = Worker(entrant("int8", "bundle", tmp_path), folder=tmp_path, threads=1)
     peak = worker.ask({"op": "peak"})["peak_rss_bytes"]
     worker.close()
     assert 5e6 < peak < 300e6 < len(ballast)
@@ -105,8 +104,8 @@ def test_a_failure_names_the_contestant_and_keeps_the_traceback(pair: Pair) -> N
     assert "Traceback" in caught.value.log
 
 
-def test_a_killed_child_is_reported_as_out_of_memory(tmp_path: Path) -> None:
-    worker = Worker(Contestant("int8", "bundle", tmp_path, 1), folder=tmp_path, threads=1)
+def test_a_killed_child_is_reported_as_out_of_memory(tmp_path: Path, entrant: Make) -> None:
+    worker = Worker(entrant("int8", "bundle", tmp_path), folder=tmp_path, threads=1)
     process = worker._process
     process.kill()
     process.wait()
@@ -116,8 +115,10 @@ def test_a_killed_child_is_reported_as_out_of_memory(tmp_path: Path) -> None:
     worker.close()
 
 
-def test_a_child_ends_when_its_parent_is_gone_and_ignores_ctrl_c(tmp_path: Path) -> None:
-    worker = Worker(Contestant("int8", "bundle", tmp_path, 1), folder=tmp_path, threads=1)
+def test_a_child_ends_when_its_parent_is_gone_and_ignores_ctrl_c(
+    tmp_path: Path, entrant: Make
+) -> None:
+    worker = Worker(entrant("int8", "bundle", tmp_path), folder=tmp_path, threads=1)
     assert worker.ask({"op": "peak"})["peak_rss_bytes"] > 0
     process = worker._process
     if os.name == "posix":

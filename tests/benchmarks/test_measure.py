@@ -74,9 +74,9 @@ Run = Callable[..., Measured]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, entrant: Callable[..., Contestant]) -> Run:
     def go(field: Field, request: Request = REQUEST) -> Measured:
-        entrants = [Contestant(name, "bundle", tmp_path, 1) for name in NAMES]
+        entrants = [entrant(name, "bundle", tmp_path) for name in NAMES]
         return measure(
             entrants, request, images=tmp_path / "images", console=Console(), start=field.start
         )
@@ -111,9 +111,10 @@ def test_the_users_steps_and_guidance_win_over_the_pipelines(run: Run) -> None:
 
 def test_warm_up_pictures_are_short_and_not_kept(run: Run, tmp_path: Path) -> None:
     field = Field()
-    run(field)
+    measured = run(field)
     warm = [r for _, r in field.log if r["op"] == "image"][: len(NAMES)]
     assert {r["steps"] for r in warm} == {2}
+    assert measured.ready_seconds == dict.fromkeys(NAMES, 1.5)
     assert not any(Path(r["path"]).is_relative_to(tmp_path) for r in warm)
 
 
@@ -127,8 +128,7 @@ def test_memory_is_asked_before_recording_could_add_to_it(run: Run) -> None:
 def test_sqnr_is_pooled_over_prompts_for_all_but_the_reference(run: Run) -> None:
     measured = run(Field())
     assert set(measured.sqnr) == {"int8", "int4"}
-    assert measured.sqnr["int8"].signal == [20.0, 40.0]
-    assert measured.sqnr["int8"].noise == [2.0, 4.0]
+    assert [(s.signal, s.error) for s in measured.sqnr["int8"].steps] == [(20, 2), (40, 4)]
     assert measured.sqnr["int4"].pooled_db == 200.0
 
 

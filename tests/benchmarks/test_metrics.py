@@ -71,23 +71,28 @@ def test_difference_map_amplifies_and_clips() -> None:
 
 
 def test_sqnr_is_pooled_as_a_ratio_of_sums_and_not_as_a_mean_of_decibels() -> None:
-    sums = metrics.SqnrSums()
-    sums.add(0, signal=100, noise=1)
-    sums.add(1, signal=1, noise=1)
-    sums.add(0, signal=900, noise=0)
-    assert sums.per_step_db == [pytest.approx(30.0), pytest.approx(0.0)]
-    assert sums.pooled_db == pytest.approx(10 * math.log10(1001 / 2))
+    sqnr = metrics.StepSqnr()
+    sqnr.add(0, signal=100, noise=1)
+    sqnr.add(1, signal=1, noise=1)
+    sqnr.add(0, signal=900, noise=0)
+    assert sqnr.per_step_db == (pytest.approx(30.0), pytest.approx(0.0))
+    assert sqnr.pooled_db == pytest.approx(10 * math.log10(1001 / 2))
 
 
-@pytest.mark.parametrize(
-    ("signal", "noise", "expected"),
-    [(1.0, 0.0, 200.0), (0.0, 0.0, 200.0), (0.0, 1.0, None), (1.0, 1e-30, 200.0)],
-)
-def test_sqnr_at_its_edges(signal: float, noise: float, expected: float | None) -> None:
-    assert metrics.sqnr_db(signal, noise) == expected
+def test_sqnr_of_equal_outputs_is_200_and_of_none_is_null() -> None:
+    sqnr = metrics.StepSqnr()
+    assert sqnr.pooled_db is None
+    sqnr.add(0, signal=1.0, noise=0.0)
+    assert sqnr.pooled_db == 200.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_sqnr_of_a_nan_or_infinite_output_is_null(bad: float) -> None:
-    assert metrics.sqnr_db(1.0, bad) is None
-    assert metrics.SqnrSums().pooled_db is None
+def test_a_nan_or_infinite_output_gives_the_lowest_sqnr_whatever_else_was_added(
+    bad: float,
+) -> None:
+    sqnr = metrics.StepSqnr()
+    sqnr.add(0, signal=1.0, noise=bad)
+    sqnr.add(1, signal=1.0, noise=0.0)
+    assert sqnr.per_step_db == (-200.0, 200.0)
+    assert sqnr.pooled_db == -200.0
+    assert not sqnr.finite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import plots, report
 from benchmarks.comparison import Comparison
 from benchmarks.gallery import gallery
 from benchmarks.measure import Measured
+from benchmarks.metrics import StepSqnr
 
 Make = Callable[..., Measured]
 Tally = Callable[..., Comparison]
@@ -113,8 +115,8 @@ def test_marks_stay_inside_the_plot_when_a_level_equals_the_reference(
     measurement: Make, compare_measured: Tally
 ) -> None:
     result = measurement("a")
-    for step in range(3):
-        result.sqnr["int8"].noise[step] = 0.0
+    for step in result.sqnr["int8"].steps:
+        step.error = 0.0
     plot = plots.speed_plot(compare_measured(result))
     assert plot is not None
     exact, worse = plot.marks
@@ -123,6 +125,20 @@ def test_marks_stay_inside_the_plot_when_a_level_equals_the_reference(
     assert plot.top < worse.y < plot.bottom
     assert all(plot.left <= mark.x <= plot.right for mark in plot.marks)
     assert max(mark.radius for mark in plot.marks) == exact.radius
+
+
+def test_labels_of_levels_that_nearly_coincide_do_not_cover_each_other(
+    measurement: Make, compare_measured: Tally
+) -> None:
+    result = measurement("a")
+    result.sqnr["int4"] = result.sqnr["int8"]
+    for _, taken in result.rounds:
+        taken["int4"] = replace(taken["int4"], seconds=taken["int8"].seconds)
+    plot = plots.speed_plot(compare_measured(result))
+    assert plot is not None
+    first, second = plot.marks
+    assert (first.x, first.y) == (second.x, second.y)
+    assert second.label_y - first.label_y >= 30  # two lines of 13 and 15 units
 
 
 def test_there_are_no_plots_without_a_measured_sqnr(
@@ -138,8 +154,10 @@ def test_there_are_no_plots_without_a_measured_sqnr(
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_step_ticks_are_whole_steps(measurement: Make, compare_measured: Tally, steps: int) -> None:
     result = measurement("a")
-    for sums in result.sqnr.values():
-        sums.signal, sums.noise = [100.0] * steps, [1.0 + i for i in range(steps)]
+    for name in result.sqnr:
+        result.sqnr[name] = StepSqnr()
+        for step in range(steps):
+            result.sqnr[name].add(step, signal=100.0, noise=1.0 + step)
     plot = plots.step_plot(compare_measured(result))
     assert plot is not None
     assert all(label.isdecimal() for _, label in plot.x_ticks)

@@ -71,12 +71,8 @@ def test_every_direct_dependency_has_its_tested_version() -> None:
     assert {requirement_name(pin) for pin in pins} == direct_dependencies() - UNTESTED
 
 
-OPTIONAL = {"flip_evaluator"}
-"""Used where somebody has it, with a documented equal where not."""
-
-
 def test_every_imported_distribution_is_a_direct_dependency() -> None:
-    known = {*PACKAGES, *sys.stdlib_module_names, *OPTIONAL}
+    known = {*PACKAGES, *sys.stdlib_module_names}
     sources = ((ROOT / module).read_text(encoding="utf-8") for module in modules())
     imported = {name.partition(".")[0] for source in sources for name in imports_of(source)}
     owners = packages_distributions()

@@ -33,6 +33,9 @@ __all__ = ["carry_out", "compare_contestants"]
 _SQNR_PROMPTS = 8
 """Trajectories that the SQNR is pooled over; 160 denoiser calls at 20 steps."""
 
+_LIBRARY_BYTES = 500_000_000
+"""Resident after importing torch, diffusers and an engine's library (FACTS: 442 MB)."""
+
 
 def carry_out(wish: Wish, console: Console) -> None:
     """Do all of it; raises KeyboardInterrupt after reporting a run that Ctrl-C ended early."""
@@ -70,6 +73,12 @@ def compare_contestants(
 ) -> Comparison:
     """Measure and tally; the reference is the first of the contestants."""
     machine, load_before = hardware.detect(), load_average()
+    need = _predicted_memory(entrants)
+    if need > machine.ram_available_bytes:
+        console.info(
+            f"All {len(entrants)} processes together may need about {need / 1e9:.1f} GB of memory "
+            f"and {machine.ram_available_bytes / 1e9:.1f} GB is free: fewer --levels need less."
+        )
     date = datetime.now(UTC)
     measured = measure(entrants, request, images=out / "images", console=console)
     with console.stage("figures"):
@@ -86,6 +95,20 @@ def compare_contestants(
             ),
             judge=_judge(source.folder),
         )
+
+
+def _predicted_memory(entrants: Sequence[Contestant]) -> float:
+    """Bytes of all processes at once: libraries, and weights with half as much for activations.
+
+    The plain pipeline holds in fp32 what may lie on the disk in fp16.
+    """
+    weights = (
+        entrant.bytes * max(1.0, entrant.denoiser_fp32_bytes / entrant.denoiser_bytes)
+        if entrant.kind == "diffusers"
+        else entrant.bytes
+        for entrant in entrants
+    )
+    return sum(_LIBRARY_BYTES + 1.5 * size for size in weights)
 
 
 def _request(wish: Wish, model: Path) -> Request:

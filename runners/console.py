@@ -32,14 +32,14 @@ class Stage:
         self.detail = ""
 
     def advance(self, steps: float = 1) -> None:
-        """Count `steps` more of the stage's total as done."""
+        """Count `steps` more as done."""
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, steps)
 
-    def total(self, total: float) -> None:
-        """Say how many steps there are, once that is known."""
+    def progress(self, done: float, total: float) -> None:
+        """Say that `done` of `total` steps are done."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=total)
+            self._progress.update(self._task, completed=done, total=total)
 
     def note(self, detail: str) -> None:
         """Keep a short result, shown when the stage ends."""

@@ -1,0 +1,24 @@
+"""The component itself, as runners.engines.eager stores it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from optimizer.backends import Built
+
+__all__ = ["build", "low_bit_layers"]
+
+
+def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:
+    """Copy config, layer table and weights into `out`."""
+    files = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
+    for name in files.values():
+        shutil.copyfile(source / name, out / name)
+    return Built(files=files, properties={"role": role, "dtype": {"fp32": "f32"}.get(dtype, dtype)})
+
+
+def low_bit_layers(engine: Any) -> int:  # noqa: ARG001
+    """None: the oracle computes with dequantized weights in float."""
+    return 0

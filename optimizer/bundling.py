@@ -1,0 +1,207 @@
+"""Engines and shared assets -> a bundle on disk, visible only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimizer.backends import backend
+from optimizer.digests import file_digests, sha256_file
+from optimizer.plan import Job, Plan
+from optimizer.tools import EXPORT, kiln_version, versions
+from profiles.errors import BundleError, KilnError, SpecError
+from profiles.hardware import Hardware
+from runners.bundle import DIGEST_NAME, MANIFEST_NAME, read_manifest
+from runners.manifest import (
+    SCHEMA,
+    ComponentEntry,
+    FileEntry,
+    Manifest,
+    ModelEntry,
+    Speed,
+)
+
+__all__ = ["Made", "assemble", "check_target", "same_bundle"]
+
+_ASSETS = ("tokenizer/", "scheduler/")
+_ASSET_ENDINGS = (".json", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the stages gave: store entries by component, and facts for the manifest."""
+
+    key: str
+    engines: Mapping[str, Path]
+    speed: Path
+    hardware: Hardware
+
+
+def same_bundle(out: Path, key: str) -> Manifest | None:
+    """The manifest of the bundle at `out` if it has this key and all its files are right."""
+    try:
+        manifest = read_manifest(out)
+    except KilnError:
+        return None
+    if manifest.key != key:
+        return None
+    for name, entry in manifest.files.items():
+        path = out / name
+        if not path.is_file() or sha256_file(path) != entry.sha256:
+            raise BundleError(
+                f"{name} in {out} is damaged: compile again with --force to replace the bundle."
+            )
+    return manifest
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Raise SpecError where `out` can't be written or holds something else."""
+    if out.is_symlink() or out.is_file():
+        raise SpecError(f"-o {out} is a file: give the folder that should become the bundle.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST_NAME).is_file():
+            raise SpecError(f"-o {out} holds other files: give a new or empty folder.")
+        if not force:
+            raise SpecError(
+                f"-o {out} holds another bundle: add --force to replace it, or give another folder."
+            )
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".kiln-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SpecError(
+            f"-o {out} can't be written ({error.strerror}): give a folder that you can write."
+        ) from error
+
+
+def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
+    """Copy everything into a private folder beside `out`, write the manifest, and swap it in."""
+    with _private(out) as folder:
+        entries = []
+        for job in plan.jobs:
+            entries.append(_component(plan, job, made.engines[job.spec.name], folder))
+        _copy_assets(plan, folder)
+        manifest = _manifest(plan, made, entries, folder)
+        raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
+        (folder / MANIFEST_NAME).write_bytes(raw)
+        digest = sha256_file(folder / MANIFEST_NAME)
+        (folder / DIGEST_NAME).write_text(f"{digest}  {MANIFEST_NAME}\n", "ascii")
+        _swap(folder, out)
+    return manifest
+
+
+@contextmanager
+def _private(out: Path) -> Iterator[Path]:
+    folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}.kiln-new"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Put `folder` where `out` is; the old one is removed only when the new one is in place."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    old = folder.with_suffix(".kiln-old")
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEntry:
+    built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
+    target = folder / job.spec.name
+    target.mkdir()
+    for name in built["files"].values():
+        shutil.copyfile(engine / name, target / name)
+    config = f"{job.spec.name}/component.json"
+    document = plan.source.component_config(job.spec.folder)
+    document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
+    (folder / config).write_text(json.dumps(document), "utf-8")
+    return ComponentEntry(
+        name=job.spec.name,
+        role=job.spec.role,
+        backend=job.backend,
+        quant=job.quant,
+        dtype=job.dtype,  # type: ignore[arg-type]
+        signature=job.signature,
+        files={role: f"{job.spec.name}/{name}" for role, name in built["files"].items()},
+        config=config,
+        properties=built["properties"],
+        parameters=job.parameters,
+        fp32_bytes=4 * job.parameters,
+        engine_bytes=sum((engine / name).stat().st_size for name in built["files"].values()),
+        layers_quantized=built["layers_quantized"],
+        layers_total=built["layers_total"],
+        layers_low_bit=built["layers_low_bit"],
+        sqnr_db=built["sqnr_db"],
+        oracle_sqnr_db=built["oracle_sqnr_db"],
+        unseen_sqnr_db=built["unseen_sqnr_db"],
+        load_seconds=built["load_seconds"],
+    )
+
+
+def _copy_assets(plan: Plan, folder: Path) -> None:
+    for name in plan.source.files:
+        if name.startswith(_ASSETS) and name.endswith(_ASSET_ENDINGS):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plan.source.folder / name, target)
+
+
+def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Path) -> Manifest:
+    source = plan.source
+    libraries = sorted({*EXPORT, *(backend(job.backend).library for job in plan.jobs)})
+    return Manifest(
+        schema_version=SCHEMA,
+        kiln=kiln_version(),
+        key=made.key,
+        model=ModelEntry(
+            name=source.name if source.kind == "hub" else Path(source.name).resolve().name,
+            revision=source.revision,
+            digest=source.digest,
+            family=source.family,
+            pipeline_class=source.pipeline_class,
+        ),
+        native_size=plan.native_size,
+        size_step=plan.size_step,
+        defaults=plan.defaults,
+        recipe=_portable(plan),
+        policies={job.spec.name: job.policy.model_dump(mode="json") for job in plan.jobs},
+        components=tuple(entries),
+        files={
+            name: FileEntry(size=found.size, sha256=found.sha256)
+            for name, found in file_digests(folder).items()
+        },
+        tools=versions(libraries),
+        hardware=made.hardware.model_dump(mode="json", exclude={"ram_available_bytes"}),
+        speed=Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
+    )
+
+
+def _portable(plan: Plan) -> dict[str, Any]:
+    """The recipe as data; a model on disk is named by its last part, never by a machine's path."""
+    recipe = plan.recipe.model_dump(mode="json")
+    if plan.source.kind != "hub" and Path(plan.source.name).is_absolute():
+        recipe["model"] = Path(plan.source.name).name
+    return recipe

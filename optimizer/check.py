@@ -1,0 +1,93 @@
+"""An engine, built and then judged by the numbers: against fp32, compared with the oracle's loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from optimizer.backends import builder
+from optimizer.calls import Call, load_calls
+from optimizer.numerics import sqnr_db
+from optimizer.plan import Job
+from profiles.errors import ParityError
+from runners.engines import engine_class
+from runners.engines.base import Engine
+
+__all__ = ["build_and_check", "limit_db"]
+
+_DTYPE_DB = {"fp32": 80.0, "bf16": 28.0}
+"""What computing in a type may lose by itself. fp32: 2e-6 relative (-114 dB) was seen, a wrong
+constant or a fused approximation costs far more. bf16 has 8 significant bits (-48 dB an operation);
+whole UNets were seen at 36-39 dB (FACTS.md), deep untrained ones a few dB lower."""
+
+_ENGINE_LOSS_DB = 1.0
+"""How much more than the oracle an engine may lose: rounding flips cost less than half of it."""
+
+
+def limit_db(oracle_db: float, dtype: str) -> float:
+    """The least SQNR that is accepted: the oracle's noise and the dtype's, and 1 dB."""
+    noise = 10 ** (-oracle_db / 10) + 10 ** (-_DTYPE_DB[dtype] / 10)
+    return -10 * math.log10(noise) - _ENGINE_LOSS_DB
+
+
+def build_and_check(job: Job, prepared: Path, recorded: Path, out: Path) -> None:
+    """Build the engine into `out`, check it at two unseen sizes and on the recorded calls.
+
+    Writes built.json: files, properties and everything measured. Raises ParityError, naming the
+    component, the size and both numbers, where an engine's outputs are worse than `limit_db` or
+    hold a NaN.
+    """
+    built = builder(job.backend).build(prepared, out, dtype=job.dtype, role=job.spec.role)
+    oracle = json.loads((prepared / "info.json").read_text("utf-8"))
+    engine = engine_class(job.backend)(
+        {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
+        signature=job.signature,
+        properties=built.properties,
+        threads=psutil.cpu_count(logical=False) or 1,
+    )
+    unseen = load_calls(prepared / "unseen.safetensors")
+    calls = load_calls(recorded / f"{job.spec.name}.safetensors")
+    start = time.monotonic()
+    with engine:
+        engine(next(iter(calls.values())).feeds(job.signature))
+        load_seconds = time.monotonic() - start
+        found = {name: engine_db(engine, {name: call}) for name, call in unseen.items()}
+        total = engine_db(engine, calls)
+        low_bit = builder(job.backend).low_bit_layers(engine)
+    for name, db in found.items():
+        _require(job, name, db, oracle["unseen_sqnr_db"][name])
+    _require(job, "the recorded runs", total, oracle["sqnr_db"])
+    document: dict[str, Any] = {
+        **oracle,
+        "oracle_sqnr_db": oracle["sqnr_db"],
+        "files": built.files,
+        "properties": built.properties,
+        "sqnr_db": total,
+        "unseen_sqnr_db": found,
+        "layers_low_bit": low_bit,
+        "load_seconds": round(load_seconds, 3),
+    }
+    (out / "built.json").write_text(json.dumps(document), "utf-8")
+
+
+def engine_db(engine: Engine, calls: dict[str, Call]) -> float:
+    """The engine's SQNR against the calls' fp32 outputs, of the first output."""
+    name = engine.signature.outputs[0].name
+    return sqnr_db(
+        (call.outputs[0], engine(call.feeds(engine.signature))[name]) for call in calls.values()
+    )
+
+
+def _require(job: Job, where: str, db: float, oracle_db: float) -> None:
+    limit = limit_db(oracle_db, job.dtype)
+    if db < limit:
+        raise ParityError(
+            f"The {job.backend} engine of {job.spec.name} reaches {db:.1f} dB SQNR on {where}, and "
+            f"{limit:.1f} dB are needed (its oracle reaches {oracle_db:.1f} dB): compile with "
+            "--dtype fp32 or another --backend, and report the model."
+        )

@@ -1,0 +1,203 @@
+"""Model and recipe -> bundle: the whole pipeline, each stage wrapped by the content-addressed store.
+
+A stage's key is a digest of everything that goes into it, kiln's own code included, so the same
+compile again finds all its stages, and a killed one goes on at the stage it was in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optimizer import bundling
+from optimizer.backends import backend
+from optimizer.digests import digest
+from optimizer.known_models import remember
+from optimizer.plan import Job, Plan, make_plan
+from optimizer.recipe import Recipe
+from optimizer.source import resolve
+from optimizer.store import Store
+from optimizer.tools import EXPORT, TORCH, require_libraries, versions
+from optimizer.worker import run_stage
+from profiles import hardware as facts
+from profiles import profile as profiles
+from profiles.errors import DiskFullError
+from profiles.hardware import Hardware
+from runners.console import Console
+from runners.manifest import Manifest
+
+__all__ = ["CompileResult", "compile_bundle", "plan_recipe"]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """A bundle that is there now."""
+
+    bundle: Path
+    manifest: Manifest
+    seconds: float
+    reused: bool
+    """The bundle was there already, made from the very same things."""
+
+
+def plan_recipe(recipe: Recipe) -> tuple[Plan, Hardware]:
+    """Everything decided and checked, from configs alone; nothing is built."""
+    hardware = facts.detect()
+    profile = profiles.load(recipe.profile) if recipe.profile else profiles.match(hardware)
+    source = resolve(recipe.model, revision=recipe.revision)
+    remember(source)
+    return make_plan(recipe, source, profile=profile, hardware=hardware), hardware
+
+
+def compile_bundle(
+    recipe: Recipe, out: Path, *, console: Console, force: bool = False
+) -> CompileResult:
+    """Make the bundle that `recipe` asks for at `out`.
+
+    A bundle made of the very same things that is there already is left alone; anything else at
+    `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
+    """
+    start = time.monotonic()
+    plan, hardware = plan_recipe(recipe)
+    require_libraries(job.backend for job in plan.jobs)
+    stages = _Stages(plan, hardware, console)
+    if (there := bundling.same_bundle(out, stages.bundle_key)) is not None:
+        return CompileResult(out, there, time.monotonic() - start, reused=True)
+    bundling.check_target(out, force=force)
+    _require_disk(plan, out, stages.store)
+
+    recorded = stages.record()
+    statistics = stages.statistics(recorded)
+    engines = {}
+    for job in plan.jobs:
+        prepared = stages.prepare(job, recorded, statistics)
+        engines[job.spec.name] = stages.engine(job, prepared, recorded)
+    speed = stages.speed(recorded, engines)
+
+    made = bundling.Made(stages.bundle_key, engines, speed, hardware)
+    manifest = bundling.assemble(plan, made, out)
+    return CompileResult(out, manifest, time.monotonic() - start, reused=False)
+
+
+class _Stages:
+    """The stages of one plan: a key, a title and a worker function each."""
+
+    def __init__(self, plan: Plan, hardware: Hardware, console: Console) -> None:
+        self._plan, self._console = plan, console
+        self.store = Store()
+        self._machine = hardware.cpu.model_dump(mode="json")
+        self._runs = {
+            "model": plan.source.digest,
+            "calibration": asdict(plan.calibration),
+            "size": plan.native_size,
+            "tools": versions(TORCH),
+        }
+
+    @property
+    def bundle_key(self) -> str:
+        """The digest of everything that the bundle is made from."""
+        jobs = {job.spec.name: self._prepare_key(job) for job in self._plan.jobs}
+        recipe = self._plan.recipe.model_dump(mode="json", exclude={"model", "digest"})
+        backends = versions(sorted({backend(job.backend).library for job in self._plan.jobs}))
+        return digest({"jobs": jobs, "recipe": recipe, "on": self._machine, "with": backends})
+
+    def record(self) -> Path:
+        """Held-out denoising runs in fp32."""
+        key = {**self._runs, "what": "held-out"}
+        return self._run("record", "Record fp32 runs", key, "optimizer.record:record", ())
+
+    def statistics(self, recorded: Path) -> Path | None:
+        """Activation ranges over the calibration runs; None where no policy quantizes."""
+        if not any(job.layers for job in self._plan.jobs):
+            return None
+        key = {**self._runs, "what": "statistics"}
+        return self._run(
+            "statistics", "Calibrate", key, "optimizer.record:record_statistics", (recorded,)
+        )
+
+    def prepare(self, job: Job, recorded: Path, statistics: Path | None) -> Path:
+        """One component quantized and exported."""
+        title = f"Quantize and export {job.spec.name}" if job.layers else f"Export {job.spec.name}"
+        arguments = (job, recorded, statistics if job.layers else None)
+        key = self._prepare_key(job)
+        return self._run("prepared", title, key, "optimizer.prepare:prepare", arguments)
+
+    def engine(self, job: Job, prepared: Path, recorded: Path) -> Path:
+        """One component built and checked."""
+        library = backend(job.backend).library
+        key = {
+            **self._prepare_key(job),
+            "backend": job.backend,
+            "dtype": job.dtype,
+            "on": self._machine,
+            "with": versions([library]),
+        }
+        title = f"Build and check {job.spec.name}"
+        function = "optimizer.check:build_and_check"
+        return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
+
+    def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path:
+        """One denoising step, timed against eager fp32."""
+        job = next(job for job in self._plan.jobs if job.spec.role == "denoiser")
+        engine = engines[job.spec.name]
+        key = {**self._runs, "engine": engine.name, "on": self._machine}
+        arguments = (job, recorded, engine)
+        return self._run(
+            "speed", "Measure a step", key, "optimizer.measure:measure_step", arguments
+        )
+
+    def _prepare_key(self, job: Job) -> dict[str, Any]:
+        form = backend(job.backend).form
+        return {
+            **self._runs,
+            "component": job.spec.name,
+            "policy": job.policy.model_dump(mode="json"),
+            "signature": job.signature.model_dump(mode="json"),
+            "form": form,
+            "stored": job.dtype if form == "torch" else "fp32",
+            "tools": versions(EXPORT if form == "onnx" else TORCH),
+        }
+
+    def _run(
+        self,
+        kind: str,
+        title: str,
+        key: Mapping[str, Any],
+        target: str,
+        arguments: tuple[Any, ...],
+        *,
+        planned: bool = True,
+    ) -> Path:
+        """The entry of `key`, made by `target` in a process of its own where it isn't there yet."""
+        if (found := self.store.find(kind, key, verify=True)) is not None:
+            self._console.detail(f"{title}: found in the cache")
+            return found
+        with self._console.stage(title) as stage, self.store.create(kind, key) as folder:
+            first = (self._plan,) if planned else ()
+            printed = run_stage(
+                target, (*first, *arguments, folder), progress=stage.progress
+            )
+        self._console.detail(printed.rstrip())
+        made = self.store.find(kind, key)
+        if made is None:
+            raise DiskFullError(f"The cache lost what {title!r} made: is another program clearing it?")
+        return made
+
+
+def _require_disk(plan: Plan, out: Path, store: Store) -> None:
+    """Refuse before any work when the disk can't hold what will be written.
+
+    The store keeps every component once as exported (fp32 at most) and once built.
+    """
+    engines = sum(job.predicted_bytes for job in plan.jobs)
+    exported = sum(4 * job.parameters for job in plan.jobs)
+    for folder, needed in ((store.root, engines + exported), (out.absolute().parent, engines)):
+        free = facts.free_disk_bytes(folder)
+        if free < needed:
+            raise DiskFullError(
+                f"{folder} needs {needed / 2**30:.1f} GiB free and has {free / 2**30:.1f}: free "
+                "some space, or set KILN_CACHE and -o to folders on another disk."
+            )

@@ -1,0 +1,61 @@
+"""What a family has to say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runners.signature import Signature
+
+__all__ = ["ComponentSpec", "Family", "Ranges", "Role"]
+
+Role = Literal["text_encoder", "denoiser", "vae_encoder", "vae_decoder", "controlnet"]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The sizes (pixels a side) and pictures at once that a bundle is compiled for."""
+
+    size_min: int
+    size_opt: int
+    size_max: int
+    batch_max: int
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One compilable part of a family's pipelines."""
+
+    name: str
+    """What the bundle calls it: diffusers' folder name, the VAE in halves."""
+    role: Role
+    folder: str
+    """The diffusers folder that holds its config and weights."""
+    prefixes: tuple[str, ...]
+    """Beginnings of the names of its parameters; ("",) is all of the folder's."""
+    fragile: tuple[str, ...] = ()
+    """fnmatch patterns of layers that lose most from few bits: the first and last convolutions and
+    the embeddings (Q-Diffusion 2023, section 4; MixDQ 2024, section 3)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything known of one model family; the only place where its name may be tested."""
+
+    name: str
+    title: str
+    pipeline_classes: tuple[str, ...]
+    components: tuple[ComponentSpec, ...]
+    signatures: Callable[[Mapping[str, Mapping[str, Any]], Ranges], dict[str, Signature]]
+    """Component configs and ranges -> each component's signature."""
+    native_size: Callable[[Mapping[str, Mapping[str, Any]]], int]
+    """Component configs -> the side in pixels that the model was trained for."""
+    size_step: Callable[[Mapping[str, Mapping[str, Any]]], int]
+    """Component configs -> sides must be multiples of this many pixels."""
+    owns_checkpoint: Callable[[Mapping[str, tuple[int, ...]]], bool]
+    """Whether a single-file checkpoint with these keys and shapes belongs to the family."""
+
+    def component(self, name: str) -> ComponentSpec:
+        """The component called `name`; KeyError where there is none."""
+        return {component.name: component for component in self.components}[name]

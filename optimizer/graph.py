@@ -1,0 +1,94 @@
+"""Clean-up of an exported ONNX graph: what the exporter leaves behind, repeated work, int4 packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+__all__ = ["clean", "low_bit_layers"]
+
+
+def clean(model: ir.Model) -> None:
+    """Merge equal scales and repeated Q/DQ, pack 4-bit codes, strip the exporter's metadata."""
+    _share_small_initializers(model.graph)
+    passes.CommonSubexpressionEliminationPass()(model)
+    _pack_int4(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    _strip(model)
+
+
+def _share_small_initializers(graph: ir.Graph) -> None:
+    """Let equal scalars be one value, so that equal Quantize nodes are seen to be equal."""
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size > 1:
+            continue
+        array = tensor.numpy()
+        key = (tensor.dtype, array.shape, array.tobytes())
+        kept = first.setdefault(key, value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            if not value.is_graph_output():
+                del graph.initializers[value.name or ""]
+
+
+def _pack_int4(graph: ir.Graph) -> None:
+    """Give the codes of block-wise DequantizeLinear nodes the type INT4, two a byte."""
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or not node.attributes.get_int("block_size", 0):
+            continue
+        codes = node.inputs[0]
+        if codes is None or codes.const_value is None or codes.dtype == ir.DataType.INT4:
+            continue
+        array = codes.const_value.numpy()
+        codes.const_value = ir.PackedTensor(
+            _nibbles(array), ir.DataType.INT4, shape=ir.Shape(array.shape), name=codes.name
+        )
+        codes.dtype = ir.DataType.INT4
+
+
+def _nibbles(codes: np.ndarray) -> np.ndarray:
+    flat = codes.reshape(-1).astype(np.uint8) & 0xF
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    packed: np.ndarray = flat[0::2] | (flat[1::2] << 4)
+    return packed
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove metadata_props, doc strings and value_info: stack traces with absolute paths."""
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    outside = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outside:
+                value.shape, value.type = None, None
+
+
+def low_bit_layers(model: ir.Model) -> int:
+    """How many MatMul, Gemm and Conv nodes read a dequantized weight."""
+    heavy = {"MatMul", "Gemm", "Conv"}
+    count = 0
+    for node in model.graph:
+        if node.op_type in heavy:
+            count += any(_dequantized(value) for value in node.inputs[1:2])
+    return count
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    """Whether a value comes from a DequantizeLinear of an initializer, perhaps transposed."""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "DequantizeLinear":
+            source = producer.inputs[0]
+            return source is not None and source.is_initializer()
+        if producer.op_type not in {"Transpose", "Cast", "Reshape"}:
+            return False
+        value = producer.inputs[0]
+    return False

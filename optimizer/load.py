@@ -1,0 +1,40 @@
+"""One component's torch module from a model's safetensors, in fp32; nothing else is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimizer.source import ModelSource
+from profiles.errors import SpecError
+from runners.modules import component_class
+
+__all__ = ["load_module"]
+
+
+def load_module(source: ModelSource, folder: str) -> nn.Module:
+    """The module in one folder of the model: fp32, eval mode, no gradients.
+
+    Loaded by the library's own from_pretrained, so that older parameter names are understood.
+    Raises SpecError where tensors are missing.
+    """
+    cls: Any = component_class(source.component_config(folder))
+    dtype = "torch_dtype" if hasattr(cls, "load_config") else "dtype"
+    module, report = cls.from_pretrained(
+        source.folder / folder,
+        local_files_only=True,
+        use_safetensors=True,
+        variant=source.variant(folder),
+        output_loading_info=True,
+        **{dtype: torch.float32},
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise SpecError(
+            f"{source.folder / folder} lacks {len(missing)} tensors, the first {missing[0]}: "
+            "download the model again."
+        )
+    loaded: nn.Module = module.eval()
+    return loaded.requires_grad_(requires_grad=False)

@@ -1,0 +1,103 @@
+"""One component: loaded, quantized, run as the oracle, exported to what its backend builds from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from optimizer.backends import backend
+from optimizer.calls import Call, load_calls, resized, save_calls, traced_sizes, unseen_sizes
+from optimizer.load import load_module
+from optimizer.numerics import EXACT_DB, sqnr_db
+from optimizer.plan import Job, Plan
+from optimizer.quantize.apply import planned_layers, quantized_layers
+from optimizer.record import load_statistics
+from runners.modules import WRAPPERS
+from runners.quantized import insert_quantized
+
+__all__ = ["prepare", "run_module"]
+
+
+@torch.inference_mode()
+def run_module(wrapper: nn.Module, call: Call) -> Call:
+    """The call with the outputs that `wrapper` gives."""
+    outputs = wrapper(*(torch.from_numpy(array) for array in call.inputs))
+    return Call(call.inputs, tuple(tensor.float().numpy() for tensor in outputs))
+
+
+def prepare(plan: Plan, job: Job, recorded: Path, statistics: Path | None, out: Path) -> None:
+    """Write what the backend builds from, unseen.safetensors and info.json into `out`.
+
+    unseen.safetensors holds fp32 calls at two sizes that are never traced; info.json what the
+    quantized module (the oracle) loses on them and on the recorded calls.
+    """
+    module = load_module(plan.source, job.spec.folder)
+    wrapper = WRAPPERS[job.spec.role](module)
+    calls = load_calls(recorded / f"{job.spec.name}.safetensors")
+    unseen = _unseen_calls(wrapper, job, list(calls.values()))
+    save_calls(unseen, out / "unseen.safetensors")
+    schemes = planned_layers(module, job.policy)
+    if schemes:
+        found = load_statistics(statistics) if statistics is not None else {}
+        insert_quantized(module, quantized_layers(module, schemes, found))
+    info = {
+        "layers_quantized": len(schemes),
+        "layers_total": job.layers_total,
+        "sqnr_db": _oracle_db(wrapper, calls) if schemes else EXACT_DB,
+        "unseen_sqnr_db": {
+            name: _oracle_db(wrapper, {name: call}) if schemes else EXACT_DB
+            for name, call in unseen.items()
+        },
+    }
+    (out / "info.json").write_text(json.dumps(info), "utf-8")
+    if backend(job.backend).form == "onnx":
+        _export(wrapper, job, next(iter(calls.values())), out)
+    else:
+        _store(module, plan, job, out)
+
+
+def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, Call]:
+    """fp32 calls at two unseen sizes, made of recorded ones from inside the run."""
+    sizes = unseen_sizes(job.signature)
+    found = {}
+    for number, (name, size) in enumerate(sizes.items(), start=1):
+        picked = calls[len(calls) * number // (len(sizes) + 1)]
+        inputs = resized(picked.inputs, job.signature, size)
+        found[name] = run_module(wrapper, Call(tuple(inputs), ()))
+    return found
+
+
+def _oracle_db(wrapper: nn.Module, calls: Mapping[str, Call]) -> float:
+    return sqnr_db(
+        (call.outputs[0], run_module(wrapper, call).outputs[0]) for call in calls.values()
+    )
+
+
+def _export(wrapper: nn.Module, job: Job, call: Call, out: Path) -> None:
+    from optimizer.export import export_onnx
+
+    inputs = resized(call.inputs, job.signature, traced_sizes(job.signature))
+    tensors = [torch.from_numpy(array) for array in inputs]
+    export_onnx(wrapper, tensors, job.signature, out / "model.onnx")
+
+
+def _store(module: nn.Module, plan: Plan, job: Job, out: Path) -> None:
+    from runners.engines.eager import eager_state
+
+    layers, state = eager_state(module)
+    if job.dtype == "bf16":
+        state = {
+            name: tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+            for name, tensor in state.items()
+        }
+    safetensors.torch.save_file(state, out / "weights.safetensors")
+    config = plan.source.component_config(job.spec.folder)
+    (out / "config.json").write_text(json.dumps(config), "utf-8")
+    (out / "layers.json").write_text(json.dumps(layers), "utf-8")
+
+

@@ -1,0 +1,1 @@
+"""Quantization in torch, once for all backends: policy, calibration, solvers, application."""

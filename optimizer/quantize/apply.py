@@ -1,0 +1,76 @@
+"""Policy and statistics -> quantized layers in the place of float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from optimizer.quantize.observe import LayerStatistics, best_activation_scale
+from optimizer.quantize.policy import Policy, Scheme
+from optimizer.quantize.solvers import quantize_channels, quantize_groups
+from profiles.errors import SpecError
+from runners.quantized import Quantization, QuantizedLayer, convolution_of
+
+__all__ = ["planned_layers", "quantizable_layers", "quantized_layer"]
+
+
+def quantizable_layers(root: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear and ungrouped 2-d convolution of `root`, by name."""
+    return {
+        name: layer
+        for name, layer in root.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def planned_layers(root: nn.Module, policy: Policy) -> dict[str, Scheme]:
+    """The layers of `root` that `policy` stores in fewer than 16 bits, with their schemes."""
+    schemes = {
+        name: policy.scheme(name, layer.weight.shape[1])
+        for name, layer in quantizable_layers(root).items()
+    }
+    return {name: scheme for name, scheme in schemes.items() if scheme.bits < 16}
+
+
+def quantized_layer(
+    name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme, statistics: LayerStatistics | None
+) -> QuantizedLayer:
+    """The quantized form of one layer.
+
+    Raises SpecError that names the tensor where a weight isn't finite.
+    """
+    weight = layer.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise SpecError(
+            f"The weight {name}.weight holds NaN or infinite values: the checkpoint is damaged; "
+            "download it again."
+        )
+    power = statistics.channel_power if statistics is not None else None
+    if scheme.bits == 4:
+        codes, scale = quantize_groups(weight, scheme.group, power)
+    else:
+        codes, scale = quantize_channels(weight, power)
+    tensors: dict[str, Tensor] = {"codes": codes, "scale": scale}
+    if scheme.activation == "static":
+        if statistics is None:
+            raise ValueError(f"{name} has no calibration statistics")
+        tensors["activation_scale"] = torch.tensor(best_activation_scale(statistics))
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias.detach().float()
+    quantization = Quantization(
+        bits=4 if scheme.bits == 4 else 8, group=scheme.group, activation=scheme.activation
+    )
+    return QuantizedLayer(quantization, tensors, convolution_of(layer))
+
+
+def quantized_layers(
+    root: nn.Module, schemes: Mapping[str, Scheme], statistics: Mapping[str, LayerStatistics]
+) -> dict[str, QuantizedLayer]:
+    """The quantized form of every planned layer."""
+    layers = quantizable_layers(root)
+    return {
+        name: quantized_layer(name, layers[name], scheme, statistics.get(name))
+        for name, scheme in schemes.items()
+    }

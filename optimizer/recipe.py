@@ -1,0 +1,94 @@
+"""The user's whole request, serializable: the same recipe makes the same bundle again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from optimizer.quantize.policy import policy_names
+from profiles.errors import SpecError
+from runners.engines import ENGINES
+
+__all__ = ["DTYPES", "Recipe", "load_recipe"]
+
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+"""The legal values of --dtype."""
+
+
+class Recipe(BaseModel):
+    """What to compile, and how; None is decided by the profile or the model itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """A diffusers folder, a hub id or a single-file checkpoint."""
+    revision: str | None = None
+    digest: str | None = None
+    """Of the model's files, where it is known: another model is then refused."""
+    quant: str | None = None
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    backend: str | None = None
+    profile: str | None = None
+    size_min: int | None = Field(default=None, ge=1)
+    size_max: int | None = Field(default=None, ge=1)
+    """The sides in pixels that must work; by default half and four times the native one."""
+    batch: int = Field(default=4, ge=1, le=64)
+    """The pictures at once that must work."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Of calibration and measurement; by default what the model's kiln.json says, else 20."""
+    seed: int = 0
+    """Of calibration and measurement."""
+
+    @field_validator("quant")
+    @classmethod
+    def _known_quant(cls, value: str | None) -> str | None:
+        if value is not None and value not in policy_names():
+            raise ValueError(f"--quant {value} is not known: use one of {_list(policy_names())}")
+        return value
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, value: str | None) -> str | None:
+        if value is not None and value not in ENGINES:
+            raise ValueError(f"--backend {value} is not known: use one of {_list(ENGINES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.size_min and self.size_max and self.size_min > self.size_max:
+            raise ValueError(
+                f"--size-range {self.size_min}:{self.size_max} is backwards: the smaller side first"
+            )
+        return self
+
+
+def _list(names: object) -> str:
+    return ", ".join(str(name) for name in names)  # type: ignore[attr-defined]
+
+
+def checked(fields: dict[str, object]) -> Recipe:
+    """The recipe of these fields; SpecError in one sentence where one is wrong."""
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        prefix = "" if first["type"] == "value_error" else f"The recipe's {where} is wrong: "
+        raise SpecError(f"{prefix}{message}.") from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe that `kiln inspect --recipe` wrote; SpecError where it isn't one."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"{path} is no recipe ({error}): write one with `kiln inspect BUNDLE --recipe`."
+        ) from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{path} is no recipe: it should hold one JSON object.")
+    return checked(document)

@@ -1,0 +1,66 @@
+"""The versions of what makes an artifact, kiln's own code included; read without importing any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from optimizer.backends import BACKENDS
+from optimizer.digests import digest, sha256_file
+from profiles.errors import MissingError
+from runners.engines import EXTRAS
+
+__all__ = ["EXPORT", "TORCH", "kiln_version", "require_libraries", "versions"]
+
+TORCH = ("torch", "diffusers", "transformers")
+"""What decides the numbers of the fp32 model."""
+
+EXPORT = (*TORCH, "onnx", "onnx-ir", "onnxscript")
+"""What decides an exported graph."""
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """The installed version of each distribution, and kiln's with a digest of its code."""
+    found = {name: _version(name) for name in distributions}
+    return {**found, "kiln": f"{kiln_version()}+{_code_digest()[:12]}"}
+
+
+def kiln_version() -> str:
+    """The version of this package; "0" when run from a tree that isn't installed."""
+    found = _version("kiln-diffusion")
+    return found if found != "absent" else "0"
+
+
+def require_libraries(backends: Iterable[str]) -> None:
+    """Raise MissingError, with the command that installs it, where compiling needs what isn't here."""
+    needed = {"onnx": "compile", "onnxscript": "compile"}
+    for name in backends:
+        if name in EXTRAS:
+            needed[BACKENDS[name].library] = EXTRAS[name]
+    missing = {name: extra for name, extra in needed.items() if find_spec(name) is None}
+    if missing:
+        extras = ",".join(sorted({*missing.values(), "compile"}))
+        raise MissingError(
+            f"Compiling needs {', '.join(missing)}, which isn't installed: run "
+            f'pip install "kiln-diffusion[{extras}]".'
+        )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def _code_digest() -> str:
+    """Over the code that makes and reads artifacts: a changed line never reuses an old artifact."""
+    root = Path(__file__).parents[1]
+    files = sorted(
+        path for package in ("optimizer", "runners") for path in (root / package).rglob("*.py")
+    )
+    return digest({path.relative_to(root).as_posix(): sha256_file(path) for path in files})

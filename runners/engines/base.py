@@ -1,0 +1,96 @@
+"""An engine: a live callable with a signature. Feeds are checked here, once, for all backends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from mmap import mmap
+from types import TracebackType
+from typing import Any, Self, final
+
+import numpy as np
+
+from profiles.errors import BundleError
+from runners.signature import Signature
+
+__all__ = ["Array", "Buffer", "Engine", "Properties"]
+
+Array = np.ndarray[Any, Any]
+Buffer = bytes | bytearray | mmap
+Properties = Mapping[str, str | int | float | bool]
+
+
+class Engine(ABC):
+    """Runs one component from verified bytes: `with Engine(...) as engine: engine(feeds)`.
+
+    There is no path parameter: `files` maps a file's role in this backend to the very bytes that
+    were hashed. `properties` are the runtime settings that affect numerics; each is set at open
+    and read back, and a difference is a BundleError.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Buffer],
+        *,
+        signature: Signature,
+        properties: Properties,
+        threads: int,
+    ) -> None:
+        """Keep what opening needs; nothing is loaded yet."""
+        self.files, self.signature, self.threads = files, signature, threads
+        self.properties = dict(properties)
+        self._opened = False
+
+    @final
+    def __enter__(self) -> Self:
+        """Load the engine."""
+        self._open()
+        self._opened = True
+        return self
+
+    @final
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the engine."""
+        self.close()
+
+    @final
+    def close(self) -> None:
+        """Release the engine; calling it twice is fine."""
+        if self._opened:
+            self._opened = False
+            self._close()
+
+    @final
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on `feeds`; the outputs are the caller's to keep.
+
+        Raises SpecError where an array's name, dtype or shape isn't the signature's.
+        """
+        if not self._opened:
+            raise RuntimeError("the engine is not open: use it as a context manager")
+        self.signature.check(feeds)
+        return self._run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+
+    @staticmethod
+    def _same(name: str, wanted: object, got: object) -> None:
+        """Raise BundleError where a property read back differs from the one set."""
+        if str(wanted).lower() != str(got).lower():
+            raise BundleError(
+                f"The engine property {name} must be {wanted} and is {got} after opening: this "
+                "library version would give other numbers; install the versions that "
+                "`kiln inspect` lists, or compile again."
+            )
+
+    @abstractmethod
+    def _open(self) -> None: ...
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...

@@ -1,0 +1,106 @@
+"""Plain torch: the component itself, quantized layers included. The oracle of all other engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, final
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from runners.engines.base import Array, Buffer, Engine
+from runners.modules import WRAPPERS, component_from_config
+from runners.quantized import (
+    Quantization,
+    QuantizedLayer,
+    insert_quantized,
+    pack_int4,
+    unpack_int4,
+)
+
+__all__ = ["EagerEngine", "eager_module", "eager_state"]
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@final
+class EagerEngine(Engine):
+    """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `role`, `dtype`."""
+
+    def _open(self) -> None:
+        config = json.loads(bytes(self.files["config"]))
+        layers = json.loads(bytes(self.files["layers"]))
+        component = eager_module(config, layers, self.files["weights"])
+        dtype = _DTYPES[str(self.properties["dtype"])]
+        self._module = WRAPPERS[str(self.properties["role"])](component).to(dtype)
+        self._dtype = dtype
+        torch.set_num_threads(self.threads)
+        self._same("dtype", dtype, next(self._module.parameters()).dtype)
+
+    @torch.inference_mode()
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        tensors = [torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs]
+        cast = [t.to(self._dtype) if t.is_floating_point() else t for t in tensors]
+        outputs = self._module(*cast)
+        specs = self.signature.outputs
+        return {s.name: t.float().numpy() for s, t in zip(specs, outputs, strict=True)}
+
+    def _close(self) -> None:
+        del self._module
+
+
+def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The quantized layers' table and all tensors of a component, as the eager engine reads them.
+
+    4-bit codes are packed two a byte.
+    """
+    layers: dict[str, Any] = {}
+    state = {name: tensor.contiguous() for name, tensor in component.state_dict().items()}
+    for name, layer in component.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            form = layer.quantization
+            layers[name] = {
+                "bits": form.bits,
+                "group": form.group,
+                "activation": form.activation,
+                "convolution": layer.convolution,
+                "shape": list(layer.codes.shape),
+            }
+            if form.bits == 4:
+                state[f"{name}.codes"] = pack_int4(layer.codes)
+            state[f"{name}.scale"] = layer.scale.half()
+    return layers, state
+
+
+def eager_module(
+    config: Mapping[str, Any], layers: Mapping[str, Any], weights: Buffer
+) -> nn.Module:
+    """The component that `eager_state` was taken from."""
+    state = safetensors.torch.load(bytes(weights))
+    component = component_from_config(config)
+    insert_quantized(component, {name: _layer(name, form, state) for name, form in layers.items()})
+    component.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name, tensor in component.state_dict().items() if tensor.is_meta]
+    for name in missing:
+        _drop(component, name)
+    return component.float().eval()
+
+
+def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> QuantizedLayer:
+    prefix = f"{name}."
+    keys = [key for key in state if key.startswith(prefix)]
+    tensors = {key.removeprefix(prefix): state.pop(key) for key in keys}
+    if form["bits"] == 4:
+        tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]))
+    tensors["scale"] = tensors["scale"].float()
+    quantization = Quantization(form["bits"], form["group"], form["activation"])
+    return QuantizedLayer(quantization, tensors, form["convolution"])
+
+
+def _drop(component: nn.Module, name: str) -> None:
+    """Remove the top-level part that a half (of the VAE) doesn't have."""
+    top = name.split(".")[0]
+    if getattr(component, top, None) is not None:
+        setattr(component, top, None)

@@ -1,0 +1,65 @@
+"""`kiln inspect`: what a bundle was made of, for what, and how good it was measured to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from runners.console import Console
+
+if TYPE_CHECKING:
+    from runners.manifest import Manifest
+
+__all__ = ["inspect_command"]
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The whole manifest as one JSON line.")
+@click.option("--recipe", is_flag=True, help="The recipe alone, for `kiln compile --recipe`.")
+def inspect_command(
+    bundle: Path,
+    as_json: bool,  # noqa: FBT001
+    recipe: bool,  # noqa: FBT001
+) -> None:
+    """Show what is inside BUNDLE; its manifest is verified, its engines aren't opened."""
+    from runners.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    if recipe:
+        Console(json_output=True).result("", manifest.recipe)
+        return
+    Console(json_output=as_json).result(_text(manifest), manifest.model_dump(mode="json"))
+
+
+def _text(manifest: Manifest) -> str:
+    model, recipe = manifest.model, manifest.recipe
+    revision = f" at {model.revision}" if model.revision else ""
+    lines = [
+        f"model      {model.name}{revision} ({model.family}, {model.pipeline_class})",
+        f"sizes      {recipe['size_min']} to {recipe['size_max']} px in steps of "
+        f"{manifest.size_step}, native {manifest.native_size}; {recipe['batch']} at once",
+        f"made by    kiln {manifest.kiln} on {manifest.hardware['cpu']['name']}",
+        "tools      " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items() if k != "kiln"),
+    ]
+    if manifest.speed is not None:
+        speed = manifest.speed
+        lines.append(
+            f"step       {speed.engine_ms:.1f} ms, diffusers eager fp32 {speed.eager_fp32_ms:.1f} ms: "
+            f"{speed.speedup:.2f}x on {speed.threads} threads (load {speed.load_average})"
+        )
+    lines.append(
+        f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
+        f"{'bytes':>12}{'of fp32':>9}{'SQNR dB':>9}"
+    )
+    for entry in manifest.components:
+        layers = f"{entry.layers_quantized} of {entry.layers_total}"
+        sqnr = "" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}"
+        lines.append(
+            f"{entry.name:<14}{entry.backend:<13}{entry.quant:<7}{entry.dtype:<7}{layers:>15}"
+            f"{entry.engine_bytes:>12}{entry.engine_bytes / entry.fp32_bytes:>8.2f}x{sqnr:>9}"
+        )
+    lines.append(f"key        {manifest.key}")
+    return "\n".join(lines)

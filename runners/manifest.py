@@ -1,0 +1,134 @@
+"""The manifest of a bundle: what is inside, for what, made how, and how good. Parsed strictly."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from runners.signature import Signature
+
+__all__ = ["SCHEMA", "ComponentEntry", "FileEntry", "Manifest", "ModelEntry", "Speed"]
+
+SCHEMA = 1
+"""Raised when a reader of the old one would misread the new one."""
+
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(10))}
+
+
+def _relative(path: str) -> str:
+    """A path inside the bundle that is legal and means the same on every system."""
+    parts = PurePosixPath(path).parts
+    legal = (
+        parts
+        and str(PurePosixPath(*parts)) == path
+        and not path.startswith("/")
+        and all(p not in {".", ".."} and not set(p) & set('\\:*?"<>|\0') for p in parts)
+        and all(p == p.rstrip(". ") and p.split(".")[0].lower() not in _RESERVED for p in parts)
+    )
+    if not legal:
+        raise ValueError(f"{path!r} is not a plain relative path")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and sha256 (hex) of one file."""
+
+    model_config = _STRICT
+
+    size: int = Field(ge=0)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelEntry(BaseModel):
+    """Where the weights came from."""
+
+    model_config = _STRICT
+
+    name: str
+    """The last part of what the user gave: a hub id, or the name of a folder or file."""
+    revision: str | None
+    digest: str
+    """sha256 over the digests of the files that were read."""
+    family: str
+    pipeline_class: str
+
+
+class ComponentEntry(BaseModel):
+    """One engine: its files, its signature, its settings, and what was measured of it."""
+
+    model_config = _STRICT
+
+    name: str
+    role: Literal["text_encoder", "denoiser", "vae_encoder", "vae_decoder", "controlnet"]
+    backend: str
+    quant: str
+    dtype: Literal["fp32", "bf16", "fp16"]
+    signature: Signature
+    files: dict[str, RelativePath]
+    """What the file is to the backend -> where it lies."""
+    config: RelativePath
+    properties: dict[str, str | int | float | bool]
+    """Every runtime setting that affects numerics: set at open, read back."""
+    parameters: int
+    fp32_bytes: int
+    """4 x parameters; every ratio refers to it."""
+    engine_bytes: int
+    """Graph and weights on disk."""
+    layers_quantized: int
+    layers_total: int
+    layers_low_bit: int | None
+    """Linears and convolutions that the opened engine really runs in 8 bits or fewer."""
+    sqnr_db: float | None
+    """Of the engine against fp32 eager, on recorded real inputs; exact equality is 200."""
+    oracle_sqnr_db: float | None
+    """The same of the quantized torch module."""
+    unseen_sqnr_db: dict[str, float]
+    """Shape -> the same at sizes that were not traced, on random inputs."""
+    load_seconds: float
+    """Reading and kernel selection at the native size, when it was checked."""
+
+
+class Speed(BaseModel):
+    """One denoising step at the native size, guidance included, interleaved in one process."""
+
+    model_config = _STRICT
+
+    eager_fp32_ms: float
+    engine_ms: float
+    speedup: float
+    threads: int
+    load_average: float | None
+    """Of the machine over the last minute, when the measurement began."""
+
+
+class Manifest(BaseModel):
+    """Everything that a reader of the bundle may rely on."""
+
+    model_config = _STRICT
+
+    schema_version: int
+    kiln: str
+    key: str
+    """Digest of everything that the bundle was made from."""
+    model: ModelEntry
+    native_size: int
+    size_step: int
+    defaults: dict[str, int | float]
+    """steps and guidance that the model's own files name; absent ones are the pipeline's."""
+    recipe: dict[str, Any]
+    policies: dict[str, dict[str, Any]]
+    components: tuple[ComponentEntry, ...]
+    files: dict[RelativePath, FileEntry]
+    tools: dict[str, str]
+    hardware: dict[str, Any]
+    speed: Speed | None
+
+    def component(self, role: str) -> ComponentEntry:
+        """The component in this role; KeyError where there is none."""
+        return {entry.role: entry for entry in self.components}[role]

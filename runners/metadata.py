@@ -1,0 +1,52 @@
+"""What a picture says of itself: A1111's `parameters` text, and our own JSON, as PNG text chunks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+__all__ = ["parameters_text", "read_metadata", "save_picture"]
+
+
+def parameters_text(facts: dict[str, Any]) -> str:
+    """The lines that A1111 writes and other tools read: prompt, negative prompt, then settings."""
+    settings = {
+        "Steps": facts["steps"],
+        "Sampler": facts["scheduler"],
+        "CFG scale": facts["guidance"],
+        "Seed": facts["seed"],
+        "Size": f"{facts['width']}x{facts['height']}",
+        "Model hash": facts["model_digest"][:10],
+        "Model": facts["model"],
+        "Version": f"kiln {facts['kiln']}",
+    }
+    lines = [facts["prompt"]]
+    if facts["negative_prompt"]:
+        lines.append(f"Negative prompt: {facts['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def save_picture(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG with both chunks; the file appears only when it is whole."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters_text(facts))
+    info.add_itxt("kiln", json.dumps(facts, ensure_ascii=False))
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        image.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON that `save_picture` wrote; empty for other pictures."""
+    with Image.open(path) as image:
+        text = image.info.get("kiln", "{}")
+    document: dict[str, Any] = json.loads(text)
+    return document

@@ -1,0 +1,45 @@
+"""Schedulers by the names that people use; the classes are diffusers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from profiles.errors import SpecError
+
+__all__ = ["SCHEDULERS", "with_scheduler"]
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Name -> diffusers' class and the settings that the name means."""
+
+
+def with_scheduler(pipeline: Any, name: str) -> None:
+    """Give the pipeline another scheduler, made from the model's own scheduler config.
+
+    Raises SpecError for an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise SpecError(
+            f"--scheduler {name} is not known: use one of {', '.join(sorted(SCHEDULERS))}."
+        )
+    import diffusers
+
+    cls, settings = SCHEDULERS[name]
+    pipeline.scheduler = getattr(diffusers, cls).from_config(
+        pipeline.scheduler.config, **settings
+    )

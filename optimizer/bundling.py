@@ -143,7 +143,7 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         role=job.spec.role,
         backend=job.backend,
         quant=job.quant,
-        dtype=job.dtype,  # type: ignore[arg-type]
+        dtype=job.dtype,
         signature=job.signature,
         files={role: f"{job.spec.name}/{name}" for role, name in built["files"].items()},
         config=config,

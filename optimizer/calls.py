@@ -67,7 +67,7 @@ def resized(inputs: Sequence[Array], signature: Signature, sizes: Mapping[str, i
         for axis, name in enumerate(spec.axes):
             if isinstance(name, str):
                 index = np.arange(sizes[name]) % array.shape[axis]
-                array = np.take(array, index, axis=axis)  # noqa: PLW2901
+                array = np.take(array, index, axis=axis)
         found.append(np.ascontiguousarray(array))
     return found
 
@@ -85,7 +85,7 @@ def traced_sizes(signature: Signature) -> dict[str, int]:
 
 
 def unseen_sizes(signature: Signature) -> dict[str, dict[str, int]]:
-    """Two legal sizes that are neither traced nor native: one flat and single, one tall, of three."""
+    """Two legal sizes, neither traced nor native: a wide single one and three tall ones."""
     factors = (
         {"batch": 1.0, "height": 0.75, "width": 1.25},
         {"batch": 3.0, "height": 1.5, "width": 0.5},

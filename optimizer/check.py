@@ -1,4 +1,4 @@
-"""An engine, built and then judged by the numbers: against fp32, compared with the oracle's loss."""
+"""An engine, built and then judged: against fp32, compared with what the oracle loses."""
 
 from __future__ import annotations
 

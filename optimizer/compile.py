@@ -1,4 +1,4 @@
-"""Model and recipe -> bundle: the whole pipeline, each stage wrapped by the content-addressed store.
+"""Model and recipe -> bundle: the whole pipeline, each stage wrapped by the store.
 
 A stage's key is a digest of everything that goes into it, kiln's own code included, so the same
 compile again finds all its stages, and a killed one goes on at the stage it was in.
@@ -177,13 +177,13 @@ class _Stages:
             return found
         with self._console.stage(title) as stage, self.store.create(kind, key) as folder:
             first = (self._plan,) if planned else ()
-            printed = run_stage(
-                target, (*first, *arguments, folder), progress=stage.progress
-            )
+            printed = run_stage(target, (*first, *arguments, folder), progress=stage.progress)
         self._console.detail(printed.rstrip())
         made = self.store.find(kind, key)
         if made is None:
-            raise DiskFullError(f"The cache lost what {title!r} made: is another program clearing it?")
+            raise DiskFullError(
+                f"The cache lost what {title!r} made: is another program clearing it?"
+            )
         return made
 
 

@@ -78,7 +78,8 @@ def export_onnx(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise BuildError(
-            f"torch.onnx.export failed: {str(error).splitlines()[0]}.", log=f"{log.getvalue()}{error}"
+            f"torch.onnx.export failed: {str(error).splitlines()[0]}.",
+            log=f"{log.getvalue()}{error}",
         ) from error
     assert program is not None
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -94,7 +95,11 @@ def _dynamic_shapes(signature: Signature) -> tuple[dict[int, object] | None, ...
         dim.name: torch.export.Dim.DYNAMIC for dim in signature.dims if not dim.fixed
     }
     return tuple(
-        {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str) and axis in dims}
+        {
+            i: dims[axis]
+            for i, axis in enumerate(spec.axes)
+            if isinstance(axis, str) and axis in dims
+        }
         for spec in signature.inputs
     )
 

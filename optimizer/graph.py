@@ -1,4 +1,4 @@
-"""Clean-up of an exported ONNX graph: what the exporter leaves behind, repeated work, int4 packing."""
+"""Clean-up of an exported ONNX graph: exporter metadata, repeated work, int4 packing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-__all__ = ["clean", "low_bit_layers"]
+__all__ = ["clean"]
 
 
 def clean(model: ir.Model) -> None:
@@ -70,25 +70,3 @@ def _strip(model: ir.Model) -> None:
             value.metadata_props.clear()
             if value not in outside:
                 value.shape, value.type = None, None
-
-
-def low_bit_layers(model: ir.Model) -> int:
-    """How many MatMul, Gemm and Conv nodes read a dequantized weight."""
-    heavy = {"MatMul", "Gemm", "Conv"}
-    count = 0
-    for node in model.graph:
-        if node.op_type in heavy:
-            count += any(_dequantized(value) for value in node.inputs[1:2])
-    return count
-
-
-def _dequantized(value: ir.Value | None) -> bool:
-    """Whether a value comes from a DequantizeLinear of an initializer, perhaps transposed."""
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "DequantizeLinear":
-            source = producer.inputs[0]
-            return source is not None and source.is_initializer()
-        if producer.op_type not in {"Transpose", "Cast", "Reshape"}:
-            return False
-        value = producer.inputs[0]
-    return False

@@ -5,7 +5,6 @@ A note in the cache folder, never trusted: the model found there is digested lik
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def remember(source: ModelSource) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(str(Path(source.name).expanduser().absolute()), "utf-8")
-        os.replace(temporary, note)
+        temporary.replace(note)
     except OSError:
         temporary.unlink(missing_ok=True)
 

@@ -29,11 +29,14 @@ def measure_step(plan: Plan, job: Job, recorded: Path, engine_folder: Path, out:
     """Write speed.json: medians of both, on a recorded call at the native size with guidance."""
     threads = psutil.cpu_count(logical=False) or 1
     torch.set_num_threads(threads)
-    call = list(load_calls(recorded / f"{job.spec.name}.safetensors").values())[0]
+    call = next(iter(load_calls(recorded / f"{job.spec.name}.safetensors").values()))
     wrapper = WRAPPERS[job.spec.role](load_module(plan.source, job.spec.folder))
     built = json.loads((engine_folder / "built.json").read_text("utf-8"))
     engine = engine_class(job.backend)(
-        {role: bytearray((engine_folder / name).read_bytes()) for role, name in built["files"].items()},
+        {
+            role: bytearray((engine_folder / name).read_bytes())
+            for role, name in built["files"].items()
+        },
         signature=job.signature,
         properties=built["properties"],
         threads=threads,
@@ -52,9 +55,7 @@ def measure_step(plan: Plan, job: Job, recorded: Path, engine_folder: Path, out:
     (out / "speed.json").write_text(json.dumps(document), "utf-8")
 
 
-def _interleaved(
-    first: Callable[[], object], second: Callable[[], object]
-) -> tuple[float, float]:
+def _interleaved(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
     """Median seconds of both, called in turn, two calls of each not counted."""
     times: tuple[list[float], list[float]] = ([], [])
     begin = time.monotonic()
@@ -71,6 +72,6 @@ def _interleaved(
 def load_average() -> float | None:
     """The machine's load over the last minute, in runnable processes; None where unknown."""
     try:
-        return round(psutil.getloadavg()[0], 2)
+        return round(float(psutil.getloadavg()[0]), 2)
     except (AttributeError, OSError):
         return None

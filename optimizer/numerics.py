@@ -22,7 +22,7 @@ class Sqnr:
         self.signal = self.error = 0.0
 
     def add(self, reference: Any, output: Any) -> None:
-        """Pool one pair of arrays; a NaN in `output` makes the result 0 signal over infinite error."""
+        """Pool one pair of arrays; a NaN or infinity in `output` makes the result -200."""
         ref = np.asarray(reference, dtype=np.float64)
         out = np.asarray(output, dtype=np.float64)
         self.signal += float(np.square(ref).sum())

@@ -78,13 +78,12 @@ class Plan:
     @property
     def predicted_memory_bytes(self) -> int:
         """Peak of the largest stage: a component in fp32 is held up to three times while it is
-        exported (module, graph, serialized), beside about 1 GiB of libraries (measured)."""
+        exported (module, graph, serialized), beside about 1 GiB of libraries (measured).
+        """
         return max(3 * 4 * job.parameters for job in self.jobs) + (1 << 30)
 
 
-def make_plan(
-    recipe: Recipe, source: ModelSource, *, profile: Profile, hardware: Hardware
-) -> Plan:
+def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware: Hardware) -> Plan:
     """Decide everything that the recipe leaves open, and check that it can be done here.
 
     Raises SpecError for illegal ranges, UnsupportedError for what backend or machine can't do.
@@ -127,9 +126,7 @@ def make_plan(
     guidance = float(defaults.get("guidance", 7.5))
     size = max(job.parameters for job in jobs)
     calibration = _calibration(source.folder, size, (steps, guidance, recipe.seed))
-    return Plan(
-        resolved, source, known, profile, jobs, calibration, native, step, defaults
-    )
+    return Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
 
 
 def _dtype(recipe: Recipe, backend: str, profile: Profile, hardware: Hardware) -> str:

@@ -99,5 +99,3 @@ def _store(module: nn.Module, plan: Plan, job: Job, out: Path) -> None:
     config = plan.source.component_config(job.spec.folder)
     (out / "config.json").write_text(json.dumps(config), "utf-8")
     (out / "layers.json").write_text(json.dumps(layers), "utf-8")
-
-

@@ -1,4 +1,4 @@
-"""Real denoising runs of the fp32 model, recorded: what engines are checked on, and ranges come from.
+"""Real denoising runs of the fp32 model, recorded: engines are checked on them.
 
 The runs are diffusers' own pipeline's, with one component's weights in memory at a time: prompts
 are encoded first, then denoised, then decoded, and the pictures encoded again.

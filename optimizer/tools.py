@@ -35,7 +35,7 @@ def kiln_version() -> str:
 
 
 def require_libraries(backends: Iterable[str]) -> None:
-    """Raise MissingError, with the command that installs it, where compiling needs what isn't here."""
+    """Raise MissingError, with the command that installs it, for what compiling lacks here."""
     needed = {"onnx": "compile", "onnxscript": "compile"}
     for name in backends:
         if name in EXTRAS:

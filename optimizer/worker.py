@@ -42,7 +42,8 @@ def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) ->
             cwd=Path(__file__).parents[1],
         )
         try:
-            assert child.stdin is not None and child.stdout is not None
+            assert child.stdin is not None
+            assert child.stdout is not None
             child.stdin.write(pickle.dumps((target, arguments)))
             child.stdin.close()
             answer = _listen(child.stdout, progress)
@@ -105,7 +106,7 @@ def _main() -> int:
     from runners.console import quiet_libraries
 
     quiet_libraries()
-    target, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 (our parent's pipe)
+    target, arguments = pickle.load(sys.stdin.buffer)
     module, name = target.split(":")
     try:
         function = getattr(import_module(module), name)

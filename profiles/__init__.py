@@ -1,1 +1,1 @@
-"""What kiln targets: hardware facts, profiles of kinds of machine, and the errors everybody shares."""
+"""What kiln targets: hardware facts, profiles of machines, and the errors all share."""

@@ -95,13 +95,13 @@ class BuildError(KilnError):
 
 
 class ParityError(KilnError):
-    """An engine's numbers differ from the oracle's by more than allowed, or a quality gate failed."""
+    """An engine's numbers differ too much from the oracle's, or a quality gate failed."""
 
     exit_code = 16
 
 
 class MissingError(KilnError):
-    """Something that the command needs isn't installed; the message has the command that installs it."""
+    """Something needed isn't installed; the message has the command that installs it."""
 
     exit_code = 17
 

@@ -83,7 +83,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the bundle at `path`, verified against manifest.sha256; no other file read."""
+    """The manifest at `path`, verified against manifest.sha256; no other file is read."""
     folder = Path(path)
     if not folder.is_dir() or not (folder / MANIFEST_NAME).is_file():
         raise SpecError(

@@ -118,5 +118,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers", "diffusers"):
+    for name in (
+        "torch.onnx",
+        "torch.export",
+        "onnxscript",
+        "onnx_ir",
+        "transformers",
+        "diffusers",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -51,7 +51,7 @@ class Request:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries print.")
-def generate(  # noqa: PLR0913 (one parameter an option)
+def generate(
     bundle: Path,
     prompt: str,
     negative: str,
@@ -210,7 +210,7 @@ def _check_request(request: Request) -> None:
         raise SpecError(f"--seed {request.seed} is not possible: use 0 or more, or -1 to draw one.")
     if request.seed + request.count > 2**63:
         raise SpecError(f"--seed {request.seed} is too large: use less than 2^63 - count.")
-    if request.guidance is not None and not 0 <= request.guidance <= 1000:  # noqa: PLR2004
+    if request.guidance is not None and not 0 <= request.guidance <= 1000:
         raise SpecError(f"--guidance {request.guidance} is not possible: use 0 to 1000.")
 
 
@@ -218,7 +218,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     parts = text.lower().split("x")
-    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):  # noqa: PLR2004
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
         raise SpecError(f"--size {text} is not a size: write it as WIDTHxHEIGHT, such as 512x512.")
     return int(parts[0]), int(parts[-1])
 

@@ -47,7 +47,7 @@ def _text(manifest: Manifest) -> str:
     if manifest.speed is not None:
         speed = manifest.speed
         lines.append(
-            f"step       {speed.engine_ms:.1f} ms, diffusers eager fp32 {speed.eager_fp32_ms:.1f} ms: "
+            f"step       {speed.engine_ms:.1f} ms, diffusers fp32 {speed.eager_fp32_ms:.1f} ms: "
             f"{speed.speedup:.2f}x on {speed.threads} threads (load {speed.load_average})"
         )
     lines.append(

@@ -131,4 +131,4 @@ class Manifest(BaseModel):
 
     def component(self, role: str) -> ComponentEntry:
         """The component in this role; KeyError where there is none."""
-        return {entry.role: entry for entry in self.components}[role]
+        return {str(entry.role): entry for entry in self.components}[role]

@@ -1,4 +1,4 @@
-"""What a picture says of itself: A1111's `parameters` text, and our own JSON, as PNG text chunks."""
+"""What a picture says of itself in PNG text: A1111's `parameters`, and our own JSON."""
 
 from __future__ import annotations
 

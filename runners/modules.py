@@ -86,7 +86,8 @@ class VaeDecoder(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         """Wrap an AutoencoderKL and drop its encoding half."""
         super().__init__()
-        module.encoder = module.quant_conv = None
+        for name in ("encoder", "quant_conv"):
+            setattr(module, name, None)
         self.module = module
 
     def forward(self, latent: Tensor) -> tuple[Tensor]:
@@ -102,7 +103,8 @@ class VaeEncoder(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         """Wrap an AutoencoderKL and drop its decoding half."""
         super().__init__()
-        module.decoder = module.post_quant_conv = None
+        for name in ("decoder", "post_quant_conv"):
+            setattr(module, name, None)
         self.module = module
 
     def forward(self, image: Tensor) -> tuple[Tensor]:

@@ -68,9 +68,7 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(
-    bundle: str | Path, *, task: str = "text-to-image", threads: int | None = None
-) -> Any:
+def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None = None) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
     `threads` is the number of CPU threads (default: the physical cores). The pipeline is the
@@ -125,7 +123,7 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
 def _scheduler(bundle: Bundle) -> Any:
     config = bundle.json("scheduler/scheduler_config.json")
     name = str(config.get("_class_name"))
-    cls = getattr(diffusers, name, None)
+    cls: Any = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise BundleError(f"The bundle names the scheduler {name}, which diffusers doesn't have.")
     return cls.from_config(config)

@@ -1,4 +1,4 @@
-"""The quantized torch modules: integer codes and scales, run in eager as the oracle of the numerics.
+"""Quantized torch modules: codes and scales, run in eager as the oracle of the numerics.
 
 A layer's forward calls three small custom operators. They exist only here: every backend replaces
 them by the one pattern that its own compiler fuses. The format that is stored (`state`,
@@ -74,6 +74,10 @@ class QuantizedLayer(nn.Module):
     `codes`: int8 [out, in, ...]; `scale`: [out] or [out, in/group, ...]; `activation_scale`: 0-d,
     present where the input is quantized; `bias`: [out] or None.
     """
+
+    codes: Tensor
+    scale: Tensor
+    activation_scale: Tensor | None
 
     def __init__(
         self,

@@ -40,6 +40,4 @@ def with_scheduler(pipeline: Any, name: str) -> None:
     import diffusers
 
     cls, settings = SCHEDULERS[name]
-    pipeline.scheduler = getattr(diffusers, cls).from_config(
-        pipeline.scheduler.config, **settings
-    )
+    pipeline.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **settings)

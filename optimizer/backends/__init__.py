@@ -59,5 +59,5 @@ def backend(name: str) -> Backend:
 
 def builder(name: str) -> Builder:
     """The builder of a backend; ImportError where its library is missing."""
-    module: Builder = import_module(BACKENDS[name].module)  # type: ignore[assignment]
+    module: Builder = import_module(BACKENDS[name].module)
     return module

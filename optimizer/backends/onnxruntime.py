@@ -25,5 +25,5 @@ def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:  # noqa: 
     )
 
 
-def low_bit_layers(engine: Any) -> None:  # noqa: ARG001
+def low_bit_layers(engine: Any) -> None:
     """Unknown: a session doesn't tell which kernels it chose."""

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention, AutoencoderKL."""
+"""Stable Diffusion 1.x and 2.x: a CLIP text encoder, a UNet with cross-attention, a VAE."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
             inputs=(
                 _float("sample", "batch", int(unet["in_channels"]), "height", "width"),
                 _float("timestep", "batch"),
-                _float(
-                    "encoder_hidden_states", "batch", tokens, int(unet["cross_attention_dim"])
-                ),
+                _float("encoder_hidden_states", "batch", tokens, int(unet["cross_attention_dim"])),
             ),
             outputs=(_float("out_sample", "batch", int(unet["out_channels"]), "height", "width"),),
             dims=(guided, *sides(factor)),
         ),
         "vae_decoder": Signature(
             inputs=(_float("latent", "batch", latents, "height", "width"),),
-            outputs=(_float("image", "batch", int(vae["out_channels"]), "out_height", "out_width"),),
+            outputs=(
+                _float("image", "batch", int(vae["out_channels"]), "out_height", "out_width"),
+            ),
             dims=latent,
         ),
         "vae_encoder": Signature(

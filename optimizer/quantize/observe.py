@@ -1,4 +1,4 @@
-"""Activation statistics, streamed: a histogram and channel energies per layer, no stored tensors."""
+"""Activation statistics, streamed: a histogram and channel energies per layer."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def best_activation_scale(statistics: LayerStatistics, *, candidates: int = 96) 
 
 
 @contextmanager
-def observing(
-    root: nn.Module, layers: Iterable[str]
-) -> Iterator[dict[str, LayerStatistics]]:
+def observing(root: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, LayerStatistics]]:
     """Collect the statistics of the named layers' inputs while the context is open."""
     found = {name: LayerStatistics() for name in layers}
     handles = []

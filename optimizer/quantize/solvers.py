@@ -16,7 +16,9 @@ def quantize_channels(weight: Tensor, power: Tensor | None = None) -> tuple[Tens
     with.
     """
     rows = weight.flatten(1).float()
-    scale, codes = _search(rows, _weights(weight, power).flatten(1), levels=127, low=0.8, candidates=6)
+    scale, codes = _search(
+        rows, _weights(weight, power).flatten(1), levels=127, low=0.8, candidates=6
+    )
     return codes.view(weight.shape), scale
 
 
@@ -53,7 +55,7 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     """The best scale of each row [n] and the row's codes [n, k], of 4,096 rows at a time."""
     scales, codes = [], []
-    for part, weights in zip(rows.split(4096), importance.split(4096), strict=True):
+    for part, weights in zip(torch.split(rows, 4096), torch.split(importance, 4096), strict=True):
         peak = part.abs().amax(1)
         best_loss = torch.full_like(peak, torch.inf)
         best = torch.zeros_like(peak)

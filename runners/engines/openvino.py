@@ -80,7 +80,7 @@ class OpenVinoEngine(Engine):
         return compiled
 
     def precisions(self) -> Counter[tuple[str, str]]:
-        """(layer type, precision) -> count, as the plugin's runtime graph of the last shape says."""
+        """(layer type, precision) -> count, from the plugin's runtime graph of the last shape."""
         request = next(reversed(self._compiled.values()))
         graph = request.get_compiled_model().get_runtime_model()
         return Counter(

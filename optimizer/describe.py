@@ -1,0 +1,133 @@
+"""What `kiln compile` says: plans and results as text and as JSON documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimizer.calls import unseen_sizes
+from optimizer.compile import CompileResult
+from optimizer.numerics import EXACT_DB
+from optimizer.plan import Job, Plan
+from runners.manifest import Manifest
+
+__all__ = ["plan_document", "plan_text", "result_document", "result_text"]
+
+_RESULT_FIELDS = {
+    "name",
+    "role",
+    "backend",
+    "quant",
+    "dtype",
+    "engine_bytes",
+    "fp32_bytes",
+    "layers_quantized",
+    "layers_total",
+    "layers_low_bit",
+    "sqnr_db",
+    "oracle_sqnr_db",
+}
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan for --dry-run --json."""
+    return {
+        "model": plan.source.name,
+        "family": plan.family.name,
+        "profile": plan.profile.name,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "predicted_memory_bytes": plan.predicted_memory_bytes,
+        "predicted_bytes": sum(job.predicted_bytes for job in plan.jobs),
+        "components": [
+            {
+                "name": job.spec.name,
+                "role": job.spec.role,
+                "backend": job.backend,
+                "quant": job.quant,
+                "dtype": job.dtype,
+                "predicted_bytes": job.predicted_bytes,
+                "fp32_bytes": 4 * job.parameters,
+                "layers_quantized": len(job.layers),
+                "layers_total": job.layers_total,
+                "checks": _checks(plan, job),
+            }
+            for job in plan.jobs
+        ],
+    }
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan for people: decisions, a row a component, predictions, checks."""
+    recipe, jobs = plan.recipe, plan.jobs
+    lines = [
+        f"{plan.source.name}: {plan.family.title}, {plan.native_size} px; "
+        f"profile {plan.profile.name}",
+        f"sides {recipe.size_min} to {recipe.size_max} px in steps of {plan.size_step}, "
+        f"{recipe.batch} pictures at once",
+        f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
+        f"{'size':>11}  checks",
+    ]
+    for job in jobs:
+        layers = f"{len(job.layers)} of {job.layers_total}"
+        lines.append(
+            f"{job.spec.name:<14}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
+            f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
+        )
+    total = sum(job.predicted_bytes for job in jobs)
+    fp32 = sum(4 * job.parameters for job in jobs)
+    runs = plan.calibration
+    lines += [
+        f"predicted: {total / 1e6:.1f} MB on disk ({total / fp32:.2f}x of fp32), at most "
+        f"{plan.predicted_memory_bytes / 2**30:.1f} GiB of memory while compiling",
+        f"runs: {len(runs.prompts)} to calibrate, {len(runs.held_out)} held out to check, "
+        f"{runs.steps} steps each",
+    ]
+    return "\n".join(lines)
+
+
+def result_document(result: CompileResult) -> dict[str, Any]:
+    """What was made, for --json."""
+    manifest = result.manifest
+    return {
+        "bundle": str(result.bundle),
+        "seconds": round(result.seconds, 3),
+        "reused": result.reused,
+        "key": manifest.key,
+        "components": [
+            entry.model_dump(mode="json", include=_RESULT_FIELDS) for entry in manifest.components
+        ],
+        "speed": manifest.speed.model_dump(mode="json") if manifest.speed else None,
+    }
+
+
+def result_text(result: CompileResult) -> str:
+    """How much faster and smaller the bundle is, and how close its numbers are, in one line."""
+    state = "is up to date" if result.reused else f"made in {result.seconds:.0f} s"
+    return f"{result.bundle} {state}: {_quality(result.manifest)}"
+
+
+def _quality(manifest: Manifest) -> str:
+    entry = manifest.component("denoiser")
+    total = sum(item.engine_bytes for item in manifest.components)
+    fp32 = sum(item.fp32_bytes for item in manifest.components)
+    parts = [
+        f"{total / 1e6:.1f} MB ({total / fp32:.2f}x of fp32)",
+        f"denoiser {entry.quant}/{entry.dtype} on {entry.backend}",
+    ]
+    if manifest.speed is not None:
+        parts.insert(0, f"a step {manifest.speed.speedup:.2f}x as fast as diffusers in fp32")
+    if entry.sqnr_db is not None:
+        exact = entry.sqnr_db == EXACT_DB
+        parts.append("equal to fp32" if exact else f"{entry.sqnr_db:.1f} dB SQNR to fp32")
+    return ", ".join(parts)
+
+
+def _checks(plan: Plan, job: Job) -> list[str]:
+    runs = plan.calibration
+    return [
+        *(f"against fp32 at the unseen size {size}" for size in _unseen(job)),
+        f"against fp32 on {len(runs.held_out)} recorded runs of {runs.steps} steps",
+    ]
+
+
+def _unseen(job: Job) -> list[str]:
+    return list(unseen_sizes(job.signature))

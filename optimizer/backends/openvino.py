@@ -11,7 +11,10 @@ import openvino as ov
 from optimizer.backends import Built
 from profiles.errors import BuildError
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["FILES", "build", "low_bit_layers", "properties", "save"]
+
+FILES = {"graph": "graph.xml.gz", "weights": "weights.bin"}
+"""What a file is to the engine -> its name."""
 
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _HEAVY = {"Convolution", "FullyConnected"}
@@ -19,30 +22,34 @@ _LOW = {"i8", "u8", "i4", "u4"}
 
 
 def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:  # noqa: ARG001
-    """Write graph.xml.gz and weights.bin into `out`.
+    """Write graph.xml.gz and weights.bin into `out`."""
+    try:
+        model = ov.Core().read_model(source / "model.onnx")
+    except RuntimeError as error:
+        raise BuildError(
+            f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
+        ) from error
+    save(model, out, dtype=dtype)
+    return Built(files=dict(FILES), properties=properties(dtype))
+
+
+def save(model: ov.Model, out: Path, *, dtype: str) -> None:
+    """Write a model's files into `out`.
 
     Float constants are stored in 16 bits unless the engine computes in fp32: with 16-bit constants
     the CPU plugin would run convolutions in f16 even under an f32 hint (seen in its runtime graph).
     The graph is text and shrinks 20 times; for a small model it would be a fifth of the engine.
     """
-    try:
-        model = ov.Core().read_model(source / "model.onnx")
-        ov.save_model(model, out / "model.xml", compress_to_fp16=dtype != "fp32")
-    except RuntimeError as error:
-        raise BuildError(
-            f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
-        ) from error
+    ov.save_model(model, out / "model.xml", compress_to_fp16=dtype != "fp32")
     graph = (out / "model.xml").read_bytes()
-    (out / "graph.xml.gz").write_bytes(gzip.compress(graph, mtime=0))
+    (out / FILES["graph"]).write_bytes(gzip.compress(graph, mtime=0))
     (out / "model.xml").unlink()
-    (out / "model.bin").rename(out / "weights.bin")
-    return Built(
-        files={"graph": "graph.xml.gz", "weights": "weights.bin"},
-        properties={
-            "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        },
-    )
+    (out / "model.bin").rename(out / FILES["weights"])
+
+
+def properties(dtype: str) -> dict[str, str | int | float | bool]:
+    """The runtime properties that an engine of this dtype is opened with."""
+    return {"INFERENCE_PRECISION_HINT": _PRECISION[dtype], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
 
 def low_bit_layers(engine: Any) -> int:

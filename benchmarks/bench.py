@@ -1,0 +1,206 @@
+"""`kiln bench`: speed, size and start-up, each against its alternative measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runners.console import Console, quiet_libraries
+
+__all__ = ["bench"]
+
+_MODEL = Path(__file__).with_name("reference_model") / "model"
+_HELP_RUNS = 9
+
+
+@click.command()
+@click.option(
+    "--section",
+    type=click.Choice(["startup", "compile", "reference", "full-size"]),
+    multiple=True,
+    help="Only this section; may be given several times.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("out/bench"),
+    show_default=True,
+    help="Folder for bench.json and the comparison's report.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
+def bench(section: tuple[str, ...], out: Path, as_json: bool) -> None:  # noqa: FBT001
+    """Measure kiln against its alternatives on this machine; takes about half an hour."""
+    quiet_libraries()
+    console = Console(json_output=as_json)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "bench.json"
+    document = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for name, measure in _SECTIONS.items():
+        if section and name not in section:
+            continue
+        document[name] = {"conditions": _conditions(), **measure(out, console)}
+        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    console.result(_text(document), document)
+
+
+def _conditions() -> dict[str, Any]:
+    """The machine, its load and the versions, as they are when a section begins."""
+    from benchmarks.conditions import load_average, tool_versions
+    from profiles import hardware
+
+    facts = hardware.detect()
+    return {
+        "cpu": facts.cpu.name,
+        "isa": list(facts.cpu.isa),
+        "cores": facts.cpu.cores,
+        "load_average": load_average(),
+        "versions": tool_versions(),
+    }
+
+
+def _startup(_out: Path, _console: Console) -> dict[str, Any]:
+    """`kiln --help` against a bare interpreter, in turn."""
+    help_s, bare_s = [], []
+    for _ in range(_HELP_RUNS):
+        help_s.append(_seconds([sys.executable, "-m", "runners.cli", "--help"]))
+        bare_s.append(_seconds([sys.executable, "-c", ""]))
+    return {
+        "kiln_help_seconds": round(statistics.median(help_s), 3),
+        "python_seconds": round(statistics.median(bare_s), 3),
+        "limit_seconds": 0.5,
+    }
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def _compile(_out: Path, console: Console) -> dict[str, Any]:
+    """A cold compile of the reference model, then the same again and to another folder."""
+    with tempfile.TemporaryDirectory() as private:
+        environment = {**os.environ, "KILN_CACHE": str(Path(private) / "cache")}
+        command = [sys.executable, "-m", "runners.cli", "compile", str(_MODEL), "--quant", "int8"]
+        first, second = str(Path(private) / "first"), str(Path(private) / "second")
+        with console.stage("Compile the reference model, cold"):
+            cold, peak = _watched([*command, "-o", first], environment)
+        again, _ = _watched([*command, "-o", first], environment)
+        other, _ = _watched([*command, "-o", second], environment)
+    return {
+        "cold_seconds": round(cold, 1),
+        "peak_rss_bytes": peak,
+        "again_seconds": round(again, 2),
+        "to_another_folder_seconds": round(other, 2),
+        "again_ratio": round(max(again, other) / cold, 4),
+    }
+
+
+def _watched(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Seconds, and the largest resident size of the process and its children together."""
+    import psutil
+
+    start, peak = time.monotonic(), 0
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    process = psutil.Process(child.pid)
+    while child.poll() is None:
+        try:
+            family = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(member.memory_info().rss for member in family))
+        except psutil.Error:
+            pass
+        time.sleep(0.02)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return time.monotonic() - start, peak
+
+
+def _reference(out: Path, console: Console) -> dict[str, Any]:
+    """`kiln compare` of the reference model: all levels against diffusers, pictures and all."""
+    report = out / "reference"
+    command = [sys.executable, "-m", "runners.cli", "compare", str(_MODEL), "-o", str(report)]
+    with console.stage("Compare the reference model's levels"):
+        done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return {"report": document["html"], "levels": document["levels"]}
+
+
+def _full_size(_out: Path, console: Console) -> dict[str, Any]:
+    """Stable Diffusion 1.5's UNet with random weights against the peers."""
+    import psutil
+
+    from optimizer.worker import run_stage
+
+    threads = psutil.cpu_count(logical=False) or 1
+    with tempfile.TemporaryDirectory() as private:
+        folders = {name: Path(private) / name for name in ("weights", "ours", "plain", "nncf")}
+        weights, plain = folders["weights"], folders["plain"]
+        stages: list[tuple[str, str, tuple[Any, ...]]] = [
+            ("weights", "make_weights", ()),
+            ("ours", "make_ours", (weights, "int8")),
+            ("plain", "make_plain", (weights,)),
+            ("nncf", "make_nncf", (weights, plain)),
+        ]
+        for name, function, arguments in stages:
+            folders[name].mkdir()
+            with console.stage(f"Full-size UNet: {function.replace('_', ' ')}") as stage:
+                target = f"benchmarks.full_size:{function}"
+                run_stage(target, (*arguments, folders[name]), progress=stage.progress)
+        with console.stage("Full-size UNet: compare engines") as stage:
+            run_stage(
+                "benchmarks.full_size:compare_engines",
+                (folders, threads, Path(private)),
+                progress=stage.progress,
+            )
+        rows = json.loads((Path(private) / "rows.json").read_text("utf-8"))
+    return {"threads": threads, "rows": rows}
+
+
+_SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
+    "startup": _startup,
+    "compile": _compile,
+    "reference": _reference,
+    "full-size": _full_size,
+}
+
+
+def _text(document: dict[str, Any]) -> str:
+    lines = []
+    if found := document.get("startup"):
+        lines.append(
+            f"kiln --help: {found['kiln_help_seconds']} s (limit {found['limit_seconds']}), "
+            f"bare Python {found['python_seconds']} s"
+        )
+    if found := document.get("compile"):
+        lines.append(
+            f"compile of the reference model: {found['cold_seconds']} s cold, peak "
+            f"{found['peak_rss_bytes'] / 2**30:.2f} GiB; again {found['again_seconds']} s, to "
+            f"another folder {found['to_another_folder_seconds']} s"
+        )
+    if found := document.get("reference"):
+        lines.append("reference model, per image:")
+        for row in found["levels"]:
+            lines.append(
+                f"  {row['name']:<16}{row['seconds_per_image']:>8.3f} s{row['speedup']:>7.2f}x"
+                f"  denoiser {row['bytes_vs_fp32']:.3f}x of fp32, SQNR {row['sqnr_db']} dB"
+            )
+    if found := document.get("full-size"):
+        lines.append(f"Stable Diffusion 1.5's UNet, random weights, {found['threads']} threads:")
+        for name, row in found["rows"].items():
+            lines.append(
+                f"  {name:<22}{row['seconds']:>8.3f} s{row['speedup']:>7.2f}x  {row['sqnr_db']} dB"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""Stable Diffusion 1.5's UNet at full size, random weights: kiln's int8 against its peers.
+
+Everything runs in one process, interleaved, on the same inputs: latents of 512x512 pixels, a batch
+of two (guidance). Weights are random, so speed and bytes are the real ones and SQNR is only
+comparable between the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from optimizer.calls import Call, load_calls, save_calls
+from optimizer.numerics import sqnr_db
+
+__all__ = ["compare_engines", "make_nncf", "make_ours", "make_plain", "make_weights"]
+
+UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""Stable Diffusion 1.5's unet/config.json where it differs from diffusers' defaults."""
+
+_CALIBRATION, _HELD_OUT = 6, 2
+_ROUNDS = 6
+
+
+def make_weights(out: Path, progress: Callable[[float, float], None]) -> None:
+    """Write unet/ (fp32, seed 0) and calls.safetensors with fp32 outputs of the held-out calls."""
+    import numpy as np
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from optimizer.prepare import run_module
+    from runners.modules import WRAPPERS
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**UNET).eval()
+    unet.save_pretrained(out / "unet")
+    wrapper = WRAPPERS["denoiser"](unet)
+    generator = np.random.default_rng(0)
+    calls = {}
+    for index in range(_CALIBRATION + _HELD_OUT):
+        inputs = (
+            generator.standard_normal((2, 4, 64, 64), dtype=np.float32),
+            np.full(2, 960.0 - 120 * index, dtype=np.float32),
+            generator.standard_normal((2, 77, 768), dtype=np.float32),
+        )
+        call = Call(inputs, ())
+        calls[f"{index:02}"] = run_module(wrapper, call) if index >= _CALIBRATION else call
+        progress(index + 1, _CALIBRATION + _HELD_OUT)
+    save_calls(calls, out / "calls.safetensors")
+
+
+def make_ours(model: Path, quant: str, out: Path) -> None:
+    """Quantize with kiln's default policy, export and build for OpenVINO: engine/ and info.json."""
+    from optimizer.backends import openvino as builder
+    from optimizer.families.sd1 import SD1
+    from optimizer.prepare import run_module
+    from optimizer.quantize.apply import planned_layers, quantizable_layers, quantized_layers
+    from optimizer.quantize.observe import observing
+    from optimizer.quantize.policy import default_policy
+    from runners.quantized import insert_quantized
+
+    start = time.monotonic()
+    unet, wrapper = _loaded(model)
+    calls = load_calls(model / "calls.safetensors")
+    schemes = planned_layers(unet, default_policy(quant, SD1.component("unet")))
+    with observing(unet, quantizable_layers(unet)) as found:
+        for call in _part(calls, held_out=False):
+            run_module(wrapper, call)
+    insert_quantized(unet, quantized_layers(unet, schemes, found))
+    seconds = time.monotonic() - start
+    oracle = sqnr_db((c.outputs[0], run_module(wrapper, c).outputs[0]) for c in _held_out(calls))
+    _export(wrapper, calls, out)
+    (out / "engine").mkdir()
+    builder.build(out, out / "engine", dtype="bf16", role="denoiser")
+    info = {"quantize_seconds": round(seconds, 1), "oracle_sqnr_db": round(oracle, 2)}
+    (out / "info.json").write_text(json.dumps(info), "utf-8")
+
+
+def make_plain(model: Path, out: Path) -> None:
+    """Export without quantization: model.onnx, and an OpenVINO engine for bf16 in engine/."""
+    from optimizer.backends import openvino as builder
+
+    _, wrapper = _loaded(model)
+    _export(wrapper, load_calls(model / "calls.safetensors"), out)
+    (out / "engine").mkdir()
+    builder.build(out, out / "engine", dtype="bf16", role="denoiser")
+
+
+def make_nncf(model: Path, plain: Path, out: Path) -> None:
+    """The peer: NNCF's own int8 post-training quantization of the plain export, same inputs."""
+    import nncf
+    import openvino as ov
+
+    from optimizer.backends import openvino as builder
+
+    start = time.monotonic()
+    calls = load_calls(model / "calls.safetensors")
+    signature = _signature()
+    feeds = [call.feeds(signature) for call in _part(calls, held_out=False)]
+    quantized = nncf.quantize(
+        ov.Core().read_model(plain / "model.onnx"),
+        nncf.Dataset(feeds),
+        subset_size=len(feeds),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+    seconds = time.monotonic() - start
+    (out / "engine").mkdir()
+    builder.save(quantized, out / "engine", dtype="bf16")
+    info = {"quantize_seconds": round(seconds, 1), "nncf": nncf.__version__}
+    (out / "info.json").write_text(json.dumps(info), "utf-8")
+
+
+def compare_engines(folders: dict[str, Path], threads: int, out: Path) -> None:
+    """Time all contestants in turn and write rows.json: medians, speed-up, SQNR, bytes."""
+    import torch
+
+    torch.set_num_threads(threads)
+    calls = _held_out(load_calls(folders["weights"] / "calls.safetensors"))
+    contestants = _contestants(folders, threads)
+    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for name, run in contestants.items():  # the first call selects kernels and isn't timed
+        rows[name] = {"sqnr_db": round(sqnr_db((c.outputs[0], run(c)) for c in calls), 2)}
+    for _ in range(_ROUNDS):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run(calls[0])
+            times[name].append(time.perf_counter() - start)
+    base = statistics.median(times["diffusers eager fp32"])
+    for name, found in times.items():
+        median = statistics.median(found)
+        rows[name].update(seconds=round(median, 4), speedup=round(base / median, 3))
+        rows[name]["spread"] = round((max(found) - min(found)) / median, 3)
+    for name, stage in (("kiln int8", "ours"), ("NNCF int8", "nncf"), ("kiln bf16", "plain")):
+        files = list((folders[stage] / "engine").iterdir())
+        rows[name]["bytes"] = sum(path.stat().st_size for path in files)
+        info = folders[stage] / "info.json"
+        rows[name] |= json.loads(info.read_text("utf-8")) if info.is_file() else {}
+    (out / "rows.json").write_text(json.dumps(rows), "utf-8")
+
+
+def _contestants(folders: dict[str, Path], threads: int) -> dict[str, Callable[[Call], Any]]:
+    import onnxruntime as ort
+    import torch
+
+    from optimizer.prepare import run_module
+
+    signature = _signature()
+    _, wrapper = _loaded(folders["weights"])
+    _, narrow = _loaded(folders["weights"])
+    narrow.to(torch.bfloat16)
+
+    @torch.inference_mode()
+    def eager_bf16(call: Call) -> Any:
+        inputs = (torch.from_numpy(array).bfloat16() for array in call.inputs)
+        return narrow(*inputs)[0].float().numpy()
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(
+        folders["plain"] / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+
+    def engine(stage: str) -> Callable[[Call], Any]:
+        opened = _open_engine(folders[stage] / "engine", threads)
+        return lambda call: opened(call.feeds(signature))["out_sample"]
+
+    return {
+        "diffusers eager fp32": lambda call: run_module(wrapper, call).outputs[0],
+        "diffusers eager bf16": eager_bf16,
+        "ONNX Runtime fp32": lambda call: session.run(None, call.feeds(signature))[0],
+        "kiln bf16": engine("plain"),
+        "kiln int8": engine("ours"),
+        "NNCF int8": engine("nncf"),
+    }
+
+
+def _open_engine(folder: Path, threads: int) -> Any:
+    from optimizer.backends.openvino import FILES, properties
+    from runners.engines.openvino import OpenVinoEngine
+
+    files = {role: bytearray((folder / name).read_bytes()) for role, name in FILES.items()}
+    engine = OpenVinoEngine(
+        files, signature=_signature(), properties=properties("bf16"), threads=threads
+    )
+    return engine.__enter__()  # open for as long as the process lives
+
+
+def _loaded(model: Path) -> tuple[Any, Any]:
+    from diffusers import UNet2DConditionModel
+
+    from runners.modules import WRAPPERS
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").eval()
+    unet.requires_grad_(requires_grad=False)
+    return unet, WRAPPERS["denoiser"](unet)
+
+
+def _signature() -> Any:
+    from optimizer.families.base import Ranges
+    from optimizer.families.sd1 import SD1
+
+    configs = {
+        "unet": {**UNET, "in_channels": 4, "out_channels": 4},
+        "text_encoder": {"max_position_embeddings": 77, "hidden_size": 768},
+        "vae": {
+            "block_out_channels": [128, 256, 512, 512],
+            "latent_channels": 4,
+            "in_channels": 3,
+            "out_channels": 3,
+        },
+    }
+    return SD1.signatures(configs, Ranges(256, 512, 1024, 1))["unet"]
+
+
+def _export(wrapper: Any, calls: dict[str, Call], out: Path) -> None:
+    import torch
+
+    from optimizer.calls import resized, traced_sizes
+    from optimizer.export import export_onnx
+
+    signature = _signature()
+    inputs = resized(next(iter(calls.values())).inputs, signature, traced_sizes(signature))
+    export_onnx(wrapper, [torch.from_numpy(a) for a in inputs], signature, out / "model.onnx")
+
+
+def _part(calls: dict[str, Call], *, held_out: bool) -> list[Call]:
+    ordered = [calls[name] for name in sorted(calls)]
+    return ordered[_CALIBRATION:] if held_out else ordered[:_CALIBRATION]
+
+
+def _held_out(calls: dict[str, Call]) -> list[Call]:
+    return _part(calls, held_out=True)

@@ -33,14 +33,12 @@ def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) ->
     A function whose last parameter is called progress is given one. Raises what the child raised
     (a KilnError), OutOfMemory when the system killed it, BuildError with its log for anything else.
     """
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "optimizer.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=Path(__file__).parents[1],
-        )
+    command = [sys.executable, "-m", "optimizer.worker"]
+    pipe, root = subprocess.PIPE, Path(__file__).parents[1]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, cwd=root) as child,
+    ):
         try:
             assert child.stdin is not None
             assert child.stdout is not None
@@ -51,7 +49,6 @@ def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) ->
         finally:
             if child.poll() is None:
                 child.kill()
-                child.wait()
         log.seek(0)
         printed = log.read().decode("utf-8", errors="replace")
     if answer is None:
@@ -126,7 +123,7 @@ def _main() -> int:
 
         trace = traceback.format_exc()
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say({"error": "BuildError", "message": f"{name} failed: {first}", "trace": trace})
+        say({"error": type(error).__name__, "message": f"{name} failed: {first}", "trace": trace})
         return BuildError.exit_code
     say({"done": True})
     return 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
@@ -102,7 +104,11 @@ def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
 
 @contextmanager
 def _private(out: Path) -> Iterator[Path]:
-    folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}.kiln-new"
+    parent = out.absolute().parent
+    for left in parent.glob(f".{out.name}.*.kiln-new"):  # of a compile that was killed
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f".{out.name}.{os.getpid()}.kiln-new"
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -14,7 +14,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxscript
 import torch
 from onnxscript import opset23
 from onnxscript import optimizer as onnx_optimizer
@@ -46,6 +45,11 @@ def _activation(x, scale):  # type: ignore[no-untyped-def]
     return opset23.DequantizeLinear(codes, scale)
 
 
+def _affine(x, scale, zero_point):  # type: ignore[no-untyped-def]
+    codes = opset23.QuantizeLinear(x, scale, zero_point)
+    return opset23.DequantizeLinear(codes, scale, zero_point)
+
+
 def export_onnx(
     module: nn.Module, inputs: Sequence[Tensor], signature: Signature, path: Path
 ) -> None:
@@ -74,6 +78,7 @@ def export_onnx(
                     ops.dequantize_channel.default: _channel,
                     ops.dequantize_group.default: _group,
                     ops.quantize_dequantize.default: _activation,
+                    ops.quantize_dequantize_affine.default: _affine,
                 },
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -102,6 +107,3 @@ def _dynamic_shapes(signature: Signature) -> tuple[dict[int, object] | None, ...
         }
         for spec in signature.inputs
     )
-
-
-assert onnxscript is not None

@@ -123,7 +123,7 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
 def _scheduler(bundle: Bundle) -> Any:
     config = bundle.json("scheduler/scheduler_config.json")
     name = str(config.get("_class_name"))
-    cls: Any = getattr(diffusers, name, None)
+    cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise BundleError(f"The bundle names the scheduler {name}, which diffusers doesn't have.")
-    return cls.from_config(config)
+    return cls.from_config(config)  # type: ignore[attr-defined]

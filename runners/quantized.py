@@ -31,8 +31,9 @@ class Quantization:
     bits: Literal[4, 8]
     group: int
     """Weights that share a scale along the input axis; 0 is one scale per output channel."""
-    activation: Literal["none", "static"]
-    """`static`: the input is rounded to int8 with one scale, found by calibration."""
+    activation: Literal["none", "static", "affine"]
+    """`static`: the input is rounded to int8 with one scale, found by calibration; `affine`: to
+    uint8 with a zero point where that loses less."""
 
 
 @torch.library.custom_op("kiln::dequantize_channel", mutates_args=())
@@ -68,16 +69,30 @@ def _(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("kiln::quantize_dequantize_affine", mutates_args=())
+def quantize_dequantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Round `x` to uint8 steps of the 0-d `scale` around the 0-d uint8 `zero_point`."""
+    zero = zero_point.to(x.dtype)
+    return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+
+
+@quantize_dequantize_affine.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
 class QuantizedLayer(nn.Module):
     """A linear or 2-d convolution whose weight is `codes` and `scale`.
 
     `codes`: int8 [out, in, ...]; `scale`: [out] or [out, in/group, ...]; `activation_scale`: 0-d,
-    present where the input is quantized; `bias`: [out] or None.
+    present where the input is quantized, and `activation_zero_point`: 0-d uint8, where it is not
+    int8 around zero; `bias`: [out] or None.
     """
 
     codes: Tensor
     scale: Tensor
     activation_scale: Tensor | None
+    activation_zero_point: Tensor | None
 
     def __init__(
         self,
@@ -85,13 +100,14 @@ class QuantizedLayer(nn.Module):
         tensors: Mapping[str, Tensor],
         convolution: Mapping[str, Any] | None,
     ) -> None:
-        """Take `tensors` codes, scale and optionally activation_scale and bias."""
+        """Take `tensors` codes and scale, and what there is of the others, by their names."""
         super().__init__()
         self.quantization = quantization
         self.convolution = dict(convolution) if convolution is not None else None
         self.register_buffer("codes", tensors["codes"])
         self.register_buffer("scale", tensors["scale"])
         self.register_buffer("activation_scale", tensors.get("activation_scale"))
+        self.register_buffer("activation_zero_point", tensors.get("activation_zero_point"))
         bias = tensors.get("bias")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -108,7 +124,11 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the float layer does, on rounded weights and (where planned) a rounded input."""
-        if self.activation_scale is not None:
+        if self.activation_zero_point is not None:
+            x = torch.ops.kiln.quantize_dequantize_affine(
+                x, self.activation_scale, self.activation_zero_point
+            )
+        elif self.activation_scale is not None:
             x = torch.ops.kiln.quantize_dequantize(x, self.activation_scale)
         if self.convolution is None:
             return F.linear(x, self.weight, self.bias)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from optimizer.quantize.observe import LayerStatistics, best_activation_scale
+from optimizer.quantize.observe import LayerStatistics, best_range
 from optimizer.quantize.policy import Policy, Scheme
 from optimizer.quantize.solvers import quantize_channels, quantize_groups
 from profiles.errors import SpecError
@@ -53,10 +53,13 @@ def quantized_layer(
     else:
         codes, scale = quantize_channels(weight, power)
     tensors: dict[str, Tensor] = {"codes": codes, "scale": scale}
-    if scheme.activation == "static":
+    if scheme.activation != "none":
         if statistics is None:
             raise ValueError(f"{name} has no calibration statistics")
-        tensors["activation_scale"] = torch.tensor(best_activation_scale(statistics))
+        grid = best_range(statistics, affine=scheme.activation == "affine")
+        tensors["activation_scale"] = torch.tensor(grid.scale)
+        if grid.zero_point is not None:
+            tensors["activation_zero_point"] = torch.tensor(grid.zero_point, dtype=torch.uint8)
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float()
     quantization = Quantization(

@@ -24,12 +24,13 @@ class Scheme(BaseModel):
     """16 keeps the layer as it is, at the bundle's compute dtype."""
     group: int = 0
     """Weights along the input axis that share a scale; 0 is one scale per output channel."""
-    activation: Literal["none", "static"] = "none"
-    """`static`: the layer's input is rounded to int8 with one calibrated scale."""
+    activation: Literal["none", "static", "affine"] = "none"
+    """`static`: the layer's input is rounded to int8 with one calibrated scale; `affine`: to uint8
+    with a zero point where that loses less."""
 
 
 KEEP = Scheme(bits=16)
-W8A8 = Scheme(bits=8, activation="static")
+W8A8 = Scheme(bits=8, activation="affine")
 W8 = Scheme(bits=8)
 W4 = Scheme(bits=4, group=64)
 
@@ -66,7 +67,7 @@ class Policy(BaseModel):
     @property
     def calibrates(self) -> bool:
         """Whether any rule needs activation ranges."""
-        return any(rule.scheme.activation == "static" for rule in self.rules)
+        return any(rule.scheme.activation != "none" for rule in self.rules)
 
     @property
     def quantizes(self) -> bool:

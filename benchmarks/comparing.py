@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from benchmarks import report
 from benchmarks.compare import Wish
 from benchmarks.comparison import Comparison
-from benchmarks.conditions import conditions, load_average
+from benchmarks.conditions import activity, conditions
 from benchmarks.contestants import Contestant
 from benchmarks.measure import Request, measure
 from benchmarks.prompts import choose_prompts
@@ -72,7 +72,7 @@ def compare_contestants(
     console: Console,
 ) -> Comparison:
     """Measure and tally; the reference is the first of the contestants."""
-    machine, load_before = hardware.detect(), load_average()
+    machine, before = hardware.detect(), activity()
     need = _predicted_memory(entrants)
     if need > machine.ram_available_bytes:
         console.info(
@@ -88,9 +88,7 @@ def compare_contestants(
             about=About(
                 model=source.name,
                 model_digest=source.digest,
-                conditions=conditions(
-                    machine, date=date, load_before=load_before, load_after=load_average()
-                ),
+                conditions=conditions(machine, date=date, before=before, after=activity()),
                 folder=out,
             ),
             judge=_judge(source.folder),

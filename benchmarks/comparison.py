@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Comparison", "Conditions", "Picture", "Row", "Settings", "Shot"]
+__all__ = ["Activity", "Comparison", "Conditions", "Picture", "Row", "Settings", "Shot"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,6 +36,15 @@ class Settings(_Noun):
     """How many prompts' trajectories the SQNR is pooled over."""
 
 
+class Activity(_Noun):
+    """What else the machine does, read while no contestant runs."""
+
+    cpu_share: Finite
+    """Share of all cores that was used during a second, 0..1."""
+    load_average: Finite | None
+    """Over the last minute, which may have held a compilation; null where the system has none."""
+
+
 class Conditions(_Noun):
     """Where and with what it was measured."""
 
@@ -45,9 +54,8 @@ class Conditions(_Noun):
     cores: int
     ram_bytes: int
     os: str
-    load_before: Finite | None
-    """Load average over a minute, before the first process started; null where there is none."""
-    load_after: Finite | None
+    before: Activity
+    after: Activity
     versions: dict[str, str]
 
 

@@ -7,10 +7,10 @@ import platform
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 
-from benchmarks.comparison import Conditions
+from benchmarks.comparison import Activity, Conditions
 from profiles.hardware import Hardware
 
-__all__ = ["conditions", "load_average", "tool_versions"]
+__all__ = ["activity", "conditions", "tool_versions"]
 
 _TOOLS = (
     "kiln-diffusion",
@@ -27,7 +27,7 @@ _TOOLS = (
 
 
 def conditions(
-    hardware: Hardware, *, date: datetime, load_before: float | None, load_after: float | None
+    hardware: Hardware, *, date: datetime, before: Activity, after: Activity
 ) -> Conditions:
     """Put together what a report says of the machine."""
     return Conditions(
@@ -37,15 +37,19 @@ def conditions(
         cores=hardware.cpu.cores,
         ram_bytes=hardware.ram_bytes,
         os=f"{hardware.os} {platform.release()} {hardware.machine}",
-        load_before=load_before,
-        load_after=load_after,
+        before=before,
+        after=after,
         versions=tool_versions(),
     )
 
 
-def load_average() -> float | None:
-    """The load average over one minute; None on systems that have none (Windows)."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def activity() -> Activity:
+    """Watch the machine for a second."""
+    import psutil
+
+    share = psutil.cpu_percent(interval=1.0) / 100
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return Activity(cpu_share=share, load_average=load)
 
 
 def tool_versions() -> dict[str, str]:

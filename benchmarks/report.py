@@ -66,7 +66,7 @@ def table(comparison: Comparison, *, width: int = 100, colour: bool = False) -> 
 
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=colour, highlight=False)
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     grid.add_column("level", no_wrap=True)
     for heading in _HEADINGS:
         grid.add_column(heading, justify="right", no_wrap=True)

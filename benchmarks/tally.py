@@ -20,8 +20,8 @@ from profiles.errors import SpecError
 
 __all__ = ["About", "Judge", "Judgement", "tally"]
 
-_BUSY = 0.25
-"""Load average per core, before the run, above which the reader is told."""
+_BUSY = 0.1
+"""Share of the processor that others use above which the reader is told."""
 
 
 class Judgement(Protocol):
@@ -207,11 +207,11 @@ def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> l
             notes.append(f"{row.name}: the denoiser gave NaN or Infinity; it is broken.")
     if any(row.flip is None for row in rows):
         notes.append("FLIP wasn't measured: pip install flip-evaluator.")
-    load = conditions.load_before
-    if load is not None and load > _BUSY * conditions.cores:
+    busy = max(conditions.before.cpu_share, conditions.after.cpu_share)
+    if busy > _BUSY:
         notes.append(
-            f"The machine was busy: load average {load:.1f} on {conditions.cores} cores before "
-            "the run. Contestants took turns, so ratios suffer less than seconds."
+            f"The machine was busy: other programs used {100 * busy:.0f} % of its processor, so "
+            "the speeds can't be relied on; they hit threads that wait for each other hardest."
         )
     return notes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.comparison import Comparison, Conditions, Settings
+from benchmarks.comparison import Activity, Comparison, Conditions, Settings
 from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured, Taken, Task
 from benchmarks.metrics import StepSqnr
@@ -62,7 +62,7 @@ def measured(folder: Path, prompts: tuple[str, ...], *, side: int = 16) -> Measu
     return result
 
 
-def about(folder: Path, *, load: float | None = 0.0) -> About:
+def about(folder: Path, *, busy: float = 0.0) -> About:
     conditions = Conditions(
         date=datetime(2025, 11, 23, 12, 0, tzinfo=UTC),
         cpu="A processor",
@@ -70,8 +70,8 @@ def about(folder: Path, *, load: float | None = 0.0) -> About:
         cores=2,
         ram_bytes=8_000_000_000,
         os="Linux",
-        load_before=load,
-        load_after=load,
+        before=Activity(cpu_share=busy, load_average=None),
+        after=Activity(cpu_share=0.0, load_average=0.5),
         versions={"python": "3.11"},
     )
     return About("a model", "sha256:00", conditions, folder)
@@ -101,11 +101,11 @@ def measurement(tmp_path: Path) -> Callable[..., Measured]:
 def compare_measured(tmp_path: Path) -> Callable[..., Comparison]:
     """Tally a measurement whose pictures lie under `tmp_path`."""
 
-    def make(result: Measured, *, load: float | None = 0.0, judge: object = None) -> Comparison:
+    def make(result: Measured, *, busy: float = 0.0, judge: object = None) -> Comparison:
         return tally(
             result,
             contestants(tmp_path),
-            about=about(tmp_path, load=load),
+            about=about(tmp_path, busy=busy),
             judge=judge,  # type: ignore[arg-type]
         )
 

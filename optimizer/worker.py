@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -43,7 +44,7 @@ def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) ->
             assert child.stdin is not None
             assert child.stdout is not None
             child.stdin.write(pickle.dumps((target, arguments)))
-            child.stdin.close()
+            child.stdin.flush()
             answer = _listen(child.stdout, progress)
             code = child.wait()
         finally:
@@ -91,6 +92,12 @@ def _raised(answer: dict[str, Any], printed: str) -> KilnError:
     return cls(answer["message"])
 
 
+def _end_with_parent() -> None:
+    """End when the parent has, however it ended: it holds our stdin open as long as it lives."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def _main() -> int:
     """Be the child: the job from stdin, answers to what stdout was when we started."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -104,6 +111,7 @@ def _main() -> int:
 
     quiet_libraries()
     target, arguments = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     module, name = target.split(":")
     try:
         function = getattr(import_module(module), name)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from optimizer.worker import run_stage
 from profiles.errors import BuildError, OutOfMemory, SpecError
+from tests.tracked import ROOT
 
 
 def stage(name: str, *arguments: object) -> tuple[str, list[tuple[float, float]]]:
@@ -72,3 +76,22 @@ def test_a_killed_child_most_likely_lacked_memory() -> None:
         stage("die")
     sentence = "The stage 'die' was killed, most likely for lack of memory: close other programs"
     assert str(caught.value).startswith(sentence)
+
+
+def test_a_stage_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """Else a killed compile would go on beside the one that resumes it."""
+    note = tmp_path / "pid"
+    call = (
+        "from pathlib import Path; from optimizer.worker import run_stage;"
+        f"run_stage('tests.optimizer.stages:wait', (Path({str(note)!r}),), progress=print)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT)
+    try:
+        while not note.exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        child = psutil.Process(int(note.read_text()))
+    finally:
+        parent.kill()
+        parent.wait()
+    child.wait(timeout=60)

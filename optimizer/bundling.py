@@ -46,8 +46,11 @@ class Made:
     hardware: Hardware
 
 
-def same_bundle(out: Path, key: str) -> Manifest | None:
-    """The manifest of the bundle at `out` if it has this key and all its files are right."""
+def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
+    """The manifest of the bundle at `out` if it has this key and all its files are right.
+
+    Raises BundleError for a damaged file, unless `force` says that it may be replaced.
+    """
     try:
         manifest = read_manifest(out)
     except KilnError:
@@ -57,6 +60,8 @@ def same_bundle(out: Path, key: str) -> Manifest | None:
     for name, entry in manifest.files.items():
         path = out / name
         if not path.is_file() or sha256_file(path) != entry.sha256:
+            if force:
+                return None
             raise BundleError(
                 f"{name} in {out} is damaged: compile again with --force to replace the bundle."
             )

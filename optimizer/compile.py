@@ -48,7 +48,6 @@ def plan_recipe(recipe: Recipe) -> tuple[Plan, Hardware]:
     hardware = facts.detect()
     profile = profiles.load(recipe.profile) if recipe.profile else profiles.match(hardware)
     source = resolve(recipe.model, revision=recipe.revision)
-    remember(source)
     return make_plan(recipe, source, profile=profile, hardware=hardware), hardware
 
 
@@ -63,8 +62,9 @@ def compile_bundle(
     start = time.monotonic()
     plan, hardware = plan_recipe(recipe)
     require_libraries(job.backend for job in plan.jobs)
+    remember(plan.source)
     stages = _Stages(plan, hardware, console)
-    if (there := bundling.same_bundle(out, stages.bundle_key)) is not None:
+    if (there := bundling.same_bundle(out, stages.bundle_key, force=force)) is not None:
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)

@@ -18,7 +18,7 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
     """The module in one folder of the model: fp32, eval mode, no gradients.
 
     Loaded by the library's own from_pretrained, so that older parameter names are understood.
-    Raises SpecError where tensors are missing.
+    Raises SpecError where tensors are missing or hold a NaN or infinity.
     """
     cls: Any = component_class(source.component_config(folder))
     dtype = "torch_dtype" if hasattr(cls, "load_config") else "dtype"
@@ -36,5 +36,11 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
             f"{source.folder / folder} lacks {len(missing)} tensors, the first {missing[0]}: "
             "download the model again."
         )
+    for name, tensor in module.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise SpecError(
+                f"The weight {name} of {folder} holds NaN or infinite values: the checkpoint is "
+                "damaged; download it again."
+            )
     loaded: nn.Module = module.eval()
     return loaded.requires_grad_(requires_grad=False)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from optimizer.quantize.observe import LayerStatistics, best_range
 from optimizer.quantize.policy import Policy, Scheme
 from optimizer.quantize.solvers import quantize_channels, quantize_groups
-from profiles.errors import SpecError
 from runners.quantized import Quantization, QuantizedLayer, convolution_of
 
 __all__ = ["planned_layers", "quantizable_layers", "quantized_layer"]
@@ -37,16 +36,8 @@ def planned_layers(root: nn.Module, policy: Policy) -> dict[str, Scheme]:
 def quantized_layer(
     name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme, statistics: LayerStatistics | None
 ) -> QuantizedLayer:
-    """The quantized form of one layer.
-
-    Raises SpecError that names the tensor where a weight isn't finite.
-    """
+    """The quantized form of one layer, whose weights are finite (`load_module` sees to that)."""
     weight = layer.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise SpecError(
-            f"The weight {name}.weight holds NaN or infinite values: the checkpoint is damaged; "
-            "download it again."
-        )
     power = statistics.channel_power if statistics is not None else None
     if scheme.bits == 4:
         codes, scale = quantize_groups(weight, scheme.group, power)

@@ -20,7 +20,7 @@ from optimizer.plan import Job, Plan
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
 from profiles.hardware import Hardware
-from runners.bundle import DIGEST_NAME, MANIFEST_NAME, read_manifest
+from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line, read_manifest
 from runners.manifest import (
     SCHEMA,
     ComponentEntry,
@@ -101,8 +101,7 @@ def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
         manifest = _manifest(plan, made, entries, folder)
         raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
         (folder / MANIFEST_NAME).write_bytes(raw)
-        digest = sha256_file(folder / MANIFEST_NAME)
-        (folder / DIGEST_NAME).write_text(f"{digest}  {MANIFEST_NAME}\n", "ascii")
+        (folder / DIGEST_NAME).write_bytes(digest_line(raw))
         _swap(folder, out)
     return manifest
 

@@ -6,6 +6,7 @@ A note in the cache folder, never trusted: the model found there is digested lik
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from optimizer.source import ModelSource
@@ -20,11 +21,11 @@ def remember(source: ModelSource) -> None:
         return
     note = _note(source.digest)
     temporary = note.with_suffix(f".{secrets.token_hex(4)}")
-    try:
+    with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(str(Path(source.name).expanduser().absolute()), "utf-8")
         temporary.replace(note)
-    except OSError:
+    with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from profiles.errors import BundleError, SpecError, UnsupportedError
 from runners.engines.base import Buffer
 from runners.manifest import SCHEMA, FileEntry, Manifest
 
-__all__ = ["DIGEST_NAME", "MANIFEST_NAME", "Bundle", "open_bundle", "read_manifest"]
+__all__ = ["DIGEST_NAME", "MANIFEST_NAME", "Bundle", "digest_line", "open_bundle", "read_manifest"]
 
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
@@ -93,15 +93,20 @@ def read_manifest(path: str | Path) -> Manifest:
     if (folder / MANIFEST_NAME).stat().st_size > _MANIFEST_LIMIT:
         raise BundleError(f"{MANIFEST_NAME} of {path} is larger than any manifest: refused.")
     raw = (folder / MANIFEST_NAME).read_bytes()
-    recorded = ""
+    recorded = b""
     with contextlib.suppress(OSError):
-        recorded = (folder / DIGEST_NAME).read_text("ascii", errors="replace").split(" ")[0]
-    if hashlib.sha256(raw).hexdigest() != recorded:
+        recorded = (folder / DIGEST_NAME).read_bytes()
+    if recorded != digest_line(raw):
         raise BundleError(
             f"{MANIFEST_NAME} of {path} doesn't match {DIGEST_NAME}: the bundle is damaged; "
             "copy or compile it again."
         )
     return _parsed(raw, folder)
+
+
+def digest_line(raw: bytes) -> bytes:
+    """What manifest.sha256 holds, as `sha256sum` writes it."""
+    return f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST_NAME}\n".encode()
 
 
 def _parsed(raw: bytes, folder: Path) -> Manifest:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from runners.signature import Signature
 
@@ -128,6 +128,13 @@ class Manifest(BaseModel):
     tools: dict[str, str]
     hardware: dict[str, Any]
     speed: Speed | None
+
+    @model_validator(mode="after")
+    def _every_file_is_digested(self) -> Self:
+        used = (name for entry in self.components for name in (*entry.files.values(), entry.config))
+        if absent := sorted(set(used) - set(self.files)):
+            raise ValueError(f"{absent[0]} is used and has no digest")
+        return self
 
     def component(self, role: str) -> ComponentEntry:
         """The component in this role; KeyError where there is none."""

@@ -27,8 +27,14 @@ def parameters_text(facts: dict[str, Any]) -> str:
     lines = [facts["prompt"]]
     if facts["negative_prompt"]:
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    """As A1111 writes a value that holds one of its own separators: a JSON string."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
 def save_picture(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:

@@ -1,0 +1,106 @@
+"""One tiny model, one store and its bundles for the whole session; the command line in-process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.tiny_pipelines import tiny_sd
+
+SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "batch": 2}
+"""What all bundles of the tests are compiled for; the tiny model's native size is 64."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """The last line of stderr, which is the error where there is one."""
+        return (self.err.strip().splitlines() or [""])[-1]
+
+
+Kiln = Callable[..., Ended]
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The session's store, never the user's; KILN_TEST_CACHE keeps one between runs."""
+    kept = os.environ.get("KILN_TEST_CACHE")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILN_CACHE", str(root))
+        yield root
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion folder; not to be changed."""
+    return tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBundle:
+    """`bundle(backend, quant="none", dtype="fp32")`: the tiny model, compiled once a session.
+
+    Not to be changed: copy it first.
+    """
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def make(backend: str, quant: str = "none", dtype: str = "fp32") -> Path:
+        from optimizer.compile import compile_bundle
+        from optimizer.recipe import Recipe
+        from runners.console import Console
+
+        out = folder / f"{backend}-{quant}-{dtype}"
+        if not out.exists():
+            recipe = Recipe.model_validate(
+                {
+                    "model": str(tiny_model),
+                    "backend": backend,
+                    "quant": quant,
+                    "dtype": dtype,
+                    **SETTINGS,
+                }
+            )
+            compile_bundle(recipe, out, console=Console())
+        return out
+
+    return make
+
+
+@pytest.fixture
+def kiln(capsys: pytest.CaptureFixture[str]) -> Kiln:
+    """Run a command line in this process; no command may ever show a traceback."""
+
+    def run(*arguments: object) -> Ended:
+        from runners.cli import main
+
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        ended = Ended(code, *capsys.readouterr())
+        assert "Traceback" not in ended.err
+        return ended
+
+    return run
+
+
+@pytest.fixture
+def has_bf16() -> bool:
+    """Whether this processor computes bf16 products."""
+    from profiles.hardware import detect
+
+    return detect().cpu.has_bf16

@@ -1,0 +1,234 @@
+"""What is wrong with a bundle is found before anything of it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from profiles.errors import BundleError, SpecError, UnsupportedError
+from runners.bundle import Bundle, open_bundle, read_manifest
+from runners.manifest import SCHEMA
+
+MakeBundle = Callable[..., Path]
+Kiln = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def original(bundle: MakeBundle) -> Path:
+    return bundle("openvino")
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+def rewrite(folder: Path, raw: bytes) -> None:
+    """Give the bundle another manifest, with its right digest."""
+    (folder / "manifest.json").write_bytes(raw)
+    digest = hashlib.sha256(raw).hexdigest()
+    (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+
+
+def change(folder: Path, **fields: Any) -> None:
+    document = json.loads((folder / "manifest.json").read_bytes())
+    rewrite(folder, json.dumps({**document, **fields}).encode())
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flips(folder: Path) -> Iterator[Path]:
+    """Every file of the bundle in turn, with one bit of one byte flipped."""
+    for path in files_of(folder):
+        right = path.read_bytes()
+        position = len(right) // 2
+        path.write_bytes(right[:position] + bytes([right[position] ^ 1]) + right[position + 1 :])
+        yield path
+        path.write_bytes(right)
+
+
+def test_every_file_but_the_manifests_own_is_in_it(original: Path) -> None:
+    names = {path.relative_to(original).as_posix() for path in files_of(original)}
+    assert names - {"manifest.json", "manifest.sha256"} == set(read_manifest(original).files)
+
+
+def test_one_flipped_byte_in_any_file_ends_generate_with_12(
+    kiln: Kiln, copy: Path, tmp_path: Path
+) -> None:
+    flipped = 0
+    for path in flips(copy):
+        ended = kiln("generate", copy, "--prompt", "x", "--steps", "1", "-o", tmp_path / "x.png")
+        assert ended.code == 12, path
+        name = "manifest.json" if path.name == "manifest.sha256" else path.name
+        assert name in ended.sentence
+        assert "copy or compile it again" in ended.sentence
+        assert not (tmp_path / "x.png").exists()
+        flipped += 1
+    assert flipped == len(files_of(copy)) > 10
+    open_bundle(copy)
+
+
+def test_a_flip_of_any_byte_of_the_manifests_digest_is_found(copy: Path) -> None:
+    path = copy / "manifest.sha256"
+    right = path.read_bytes()
+    for position in range(len(right)):
+        wrong = bytearray(right)
+        wrong[position] ^= 1
+        path.write_bytes(wrong)
+        with pytest.raises(BundleError, match="copy or compile it again"):
+            read_manifest(copy)
+
+
+def shortened(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def extended(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [shortened, extended, emptied, Path.unlink])
+@pytest.mark.parametrize("name", ["unet/weights.bin", "tokenizer/tokenizer_config.json"])
+def test_a_file_of_another_size_or_none_is_found(
+    copy: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    spoil(copy / name)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(copy)
+    assert str(caught.value).startswith(f"{name} in {copy} ")
+    assert "copy or compile it again" in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file_is_found(copy: Path) -> None:
+    (copy / "unet" / "weights.bin").unlink()
+    (copy / "unet" / "weights.bin").mkdir()
+    with pytest.raises(BundleError, match="can't be read"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["unet", "unet/weights.bin", "scheduler/scheduler_config.json"])
+def test_a_link_is_refused_even_to_the_right_bytes(copy: Path, tmp_path: Path, name: str) -> None:
+    target = tmp_path / "elsewhere"
+    (copy / name).rename(target)
+    (copy / name).symlink_to(target)
+    with pytest.raises(BundleError, match="is a link: a bundle holds plain files only"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"0" * 64 + b"  manifest.json\n"])
+def test_a_missing_or_wrong_digest_of_the_manifest_is_found(
+    copy: Path, content: bytes | None
+) -> None:
+    (copy / "manifest.sha256").unlink()
+    if content is not None:
+        (copy / "manifest.sha256").write_bytes(content)
+    with pytest.raises(BundleError, match=r"doesn't match manifest\.sha256"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"comment": "x"}, "is wrong at comment"),
+        ({"key": None}, "is wrong at key"),
+        ({"schema_version": "new"}, "is wrong at schema_version"),
+        ({"files": {"../x": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
+        ({"files": {"/etc/x": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
+        ({"files": {"C:\\x": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
+        ({"files": {"unet/nul": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_manifest_that_is_not_as_it_must_be_is_refused(
+    copy: Path, fields: dict[str, Any], words: str
+) -> None:
+    change(copy, **fields)
+    with pytest.raises(BundleError) as caught:
+        read_manifest(copy)
+    assert words in str(caught.value)
+    assert "compile the bundle again" in str(caught.value)
+
+
+def test_a_component_whose_file_has_no_digest_is_refused(copy: Path) -> None:
+    document = json.loads((copy / "manifest.json").read_bytes())
+    del document["files"]["unet/weights.bin"]
+    rewrite(copy, json.dumps(document).encode())
+    with pytest.raises(BundleError, match=r"unet/weights\.bin"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{", b"", b"[]", b"null", b"\xff", b'{"key": "a", "key": "b"}', b'{"a": NaN}']
+)
+def test_a_manifest_that_is_no_proper_json_is_refused(copy: Path, raw: bytes) -> None:
+    rewrite(copy, raw)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        read_manifest(copy)
+
+
+def test_a_key_that_stands_twice_is_named_as_such(copy: Path) -> None:
+    raw = (copy / "manifest.json").read_text("utf-8")
+    rewrite(copy, raw.replace('"size_step"', '"native_size": 8, "size_step"', 1).encode())
+    with pytest.raises(BundleError, match="a key stands twice"):
+        read_manifest(copy)
+
+
+def test_a_newer_schema_is_incompatible_not_corrupt(kiln: Kiln, copy: Path) -> None:
+    change(copy, schema_version=SCHEMA + 1, something_new=True)
+    with pytest.raises(UnsupportedError, match="pip install -U kiln-diffusion"):
+        open_bundle(copy)
+    ended = kiln("inspect", copy)
+    assert ended.code == 10
+    assert f"schema {SCHEMA + 1} and this kiln reads up to {SCHEMA}" in ended.sentence
+
+
+@pytest.mark.parametrize("what", ["absent", "empty", "file"])
+def test_what_is_no_bundle_names_the_command_that_makes_one(tmp_path: Path, what: str) -> None:
+    path = tmp_path / what
+    if what == "empty":
+        path.mkdir()
+    elif what == "file":
+        path.write_text("x")
+    with pytest.raises(SpecError) as caught:
+        open_bundle(path)
+    assert (
+        f"is not a bundle (it has no manifest.json): make one with `kiln compile MODEL -o {path}`"
+        in str(caught.value)
+    )
+
+
+def test_a_file_is_the_same_mapping_every_time(original: Path) -> None:
+    bundle = open_bundle(original)
+    assert bundle.file("unet/weights.bin") is bundle.file("unet/weights.bin")
+    bundle.release()
+    assert bundle.file("unet/weights.bin") is not None
+
+
+def test_a_change_after_opening_does_not_reach_what_was_verified(copy: Path) -> None:
+    """Small files are read from the mapping; a file that is replaced leaves it as it was."""
+    bundle = open_bundle(copy)
+    name = "scheduler/scheduler_config.json"
+    right = bundle.json(name)
+    (copy / name).unlink()
+    (copy / name).write_text("{}")
+    assert bundle.json(name) == right
+
+
+def test_a_private_folder_holds_the_verified_files_and_goes(original: Path) -> None:
+    bundle = Bundle(original, read_manifest(original))
+    with bundle.folder("tokenizer") as folder:
+        names = {path.name for path in folder.iterdir()}
+        assert names == {path.name for path in (original / "tokenizer").iterdir()}
+    assert not folder.exists()

@@ -75,7 +75,7 @@ def generate(
     request = Request(
         prompt, negative, steps, guidance, seed, count, batch, width, height, scheduler
     )
-    _check_request(request)
+    _check_request(request, threads)
     names = _names(out, count)
     with console.stage(f"Load {bundle}"):
         from runners.pipeline import load
@@ -126,8 +126,9 @@ def pictures(pipeline: Any, request: Request, *, on_step: Any = None) -> Iterato
         from runners.schedulers import with_scheduler
 
         with_scheduler(pipeline, request.scheduler)
-    width = request.width or request.height or manifest.native_size
-    height = request.height or request.width or manifest.native_size
+    sides = (request.width, request.height, manifest.native_size)
+    width = next(side for side in sides if side is not None)
+    height = request.height if request.height is not None else width
     check_size(manifest, width, height)
     check_batch(manifest, request.batch)
     seed = request.seed if request.seed >= 0 else secrets.randbelow(2**32)
@@ -201,9 +202,14 @@ def check_batch(manifest: Any, batch: int) -> None:
         )
 
 
-def _check_request(request: Request) -> None:
-    least = (("--steps", request.steps), ("--count", request.count), ("--batch", request.batch))
-    for name, value in least:
+def _check_request(request: Request, threads: int | None) -> None:
+    least = {
+        "--steps": request.steps,
+        "--count": request.count,
+        "--batch": request.batch,
+        "--threads": threads,
+    }
+    for name, value in least.items():
         if value is not None and value < 1:
             raise SpecError(f"{name} {value} is not possible: use 1 or more.")
     if request.seed < -1:

@@ -35,7 +35,8 @@ def draw_scene(scene: Scene, seed: int) -> NDArray[np.uint8]:
     picture = _BACKGROUNDS[scene.background.kind](scene.background, rng)
     for thing in scene.things:
         _paint(picture, thing, rng)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _paint(picture: Floats, thing: Thing, rng: np.random.Generator) -> None:
@@ -71,7 +72,8 @@ def _masks(shape: str, size: str, down: int, right: int) -> tuple[Floats, Floats
 
 def _coverage(inside: NDArray[np.bool_]) -> Floats:
     tiles = inside.reshape(_PATCH + 1, _SUPERSAMPLE, _PATCH + 1, _SUPERSAMPLE)
-    return tiles.mean(axis=(1, 3), dtype=np.float32)
+    coverage: Floats = tiles.mean(axis=(1, 3), dtype=np.float32)
+    return coverage
 
 
 Grid = NDArray[np.float64]
@@ -97,7 +99,8 @@ def _cross(x: Grid, y: Grid, radius: float) -> Grid:
 
 def _triangle(x: Grid, y: Grid, radius: float) -> Grid:
     slope = np.abs(x) * 0.874 - (y + radius) * 0.486
-    return np.maximum(slope, y - radius * 0.8)
+    triangle: Grid = np.maximum(slope, y - radius * 0.8)
+    return triangle
 
 
 def _star(x: Grid, y: Grid, radius: float) -> Grid:
@@ -108,7 +111,8 @@ def _star(x: Grid, y: Grid, radius: float) -> Grid:
     folded = np.abs((angle + wedge) % (2 * wedge) - wedge)
     px, py = np.hypot(x, y) * np.cos(folded), np.hypot(x, y) * np.sin(folded)
     ex, ey = inner * np.cos(wedge) - outer, inner * np.sin(wedge)
-    return ((px - outer) * ey - py * ex) / float(np.hypot(ex, ey))
+    star: Grid = ((px - outer) * ey - py * ex) / float(np.hypot(ex, ey))
+    return star
 
 
 def _heart(x: Grid, y: Grid, radius: float) -> Grid:
@@ -169,20 +173,22 @@ def _dotted(background: Background, rng: np.random.Generator) -> Floats:
     y = (_Y + rng.integers(11)) / pitch
     x = (_X + rng.integers(11)) / pitch + 0.5 * (np.floor(y) % 2)
     distance = np.hypot(x % 1 - 0.5, y % 1 - 0.5) * pitch
-    return _blend(background, np.clip(2.9 - distance, 0, 1))
+    return _blend(background, np.clip(2.9 - distance, 0, 1).astype(np.float32))
 
 
 def _smooth_noise(rng: np.random.Generator, rows: int, columns: int) -> Floats:
     """White noise on a coarse lattice, linearly interpolated: [64, 64], standard deviation ~0.7."""
     lattice = rng.standard_normal((rows + 1, columns + 1)).astype(np.float32)
-    return _ramp(rows) @ lattice @ _ramp(columns).T
+    return (_ramp(rows) @ lattice @ _ramp(columns).T).astype(np.float32)
 
 
 @lru_cache(maxsize=16)
 def _ramp(knots: int) -> Floats:
     """Linear interpolation from knots + 1 lattice points to 64 pixels: [64, knots + 1]."""
     at = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE * knots
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(knots + 1, dtype=np.float32)))
+    gaps = np.abs(at[:, None] - np.arange(knots + 1, dtype=np.float32))
+    ramp: Floats = np.maximum(0, 1 - gaps)
+    return ramp
 
 
 def _grainy(background: Background, rng: np.random.Generator) -> Floats:
@@ -199,7 +205,8 @@ def _wooden(background: Background, rng: np.random.Generator) -> Floats:
     warp = _smooth_noise(rng, 4, 8) * 1.6 + tone * 40
     grain = np.sin(_X * 1.5 + warp * 2.0) * 0.07 + _smooth_noise(rng, 5, 28) * 0.05
     edge = (boards != np.roll(boards, 1, axis=1)) & (_X > 1)
-    return base * (1 + tone + grain - 0.3 * edge)[..., None]
+    wood: Floats = base * (1 + tone + grain - 0.3 * edge)[..., None]
+    return wood
 
 
 _BACKGROUNDS = {

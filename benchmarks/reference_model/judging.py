@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -29,7 +31,7 @@ def train_reader(
     torch.manual_seed(13)
     model = SceneReader().to(run.device)
     answers = answers_of(scenes)
-    rebuilt = _rebuilt(vae, pictures[:rebuilt_count], run)
+    rebuilt = cache(lambda: _rebuilt(vae, pictures[:rebuilt_count], run))
     half = settings.batch // 2
 
     def loss_at(step: int) -> Tensor:
@@ -39,7 +41,7 @@ def train_reader(
             rng.integers(len(pictures), size=half),
             rng.integers(rebuilt_count, size=half),
         )
-        batch = np.concatenate([pictures[drawn], rebuilt[copied]])
+        batch = np.concatenate([pictures[drawn], rebuilt()[copied]])
         wanted = answers[torch.from_numpy(np.concatenate([drawn, copied]))].to(run.device)
         inputs = worsen(as_input(batch, run.device), rng)
         with torch.autocast(run.device.type, dtype=torch.bfloat16):

@@ -46,7 +46,8 @@ class Exchange:
     @classmethod
     def among(cls, ranks: int) -> Exchange:
         """Make the exchange of `ranks` processes, to be handed to each."""
-        rows = torch.zeros(ranks, _SHARED_FLOATS).share_memory_()
+        rows = torch.zeros(ranks, _SHARED_FLOATS)
+        rows.share_memory_()  # type: ignore[no-untyped-call]
         return cls(multiprocessing.get_context("spawn").Barrier(ranks), rows)
 
     def mean(self, values: Tensor, rank: int) -> Tensor:
@@ -145,7 +146,7 @@ def optimise(
         _set_rate(optimiser, settings, step)
         loss = loss_at(step)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         _share_gradients(module, run)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
@@ -170,7 +171,7 @@ def _share_gradients(module: nn.Module, run: Run) -> None:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = run.exchange.mean(torch.cat([g.flatten() for g in gradients]), run.rank)
-    parts = flat.split([g.numel() for g in gradients])
+    parts = torch.split(flat, [g.numel() for g in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
 

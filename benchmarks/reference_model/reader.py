@@ -108,26 +108,29 @@ def reading_loss(cells: Tensor, background: Tensor, answers: Tensor) -> Tensor:
     wanted = answers[:, : 4 * _CELLS].reshape(-1, _CELLS, 4)
     present = wanted[..., 0].bool()
     loss = 4 * functional.binary_cross_entropy_with_logits(cells[..., 0], wanted[..., 0].float())
-    parts = cells[present][:, 1:].split([len(n) for n in THING_HEADS.values()], dim=1)
+    parts = _parts(cells[present][:, 1:], THING_HEADS)
     for index, part in enumerate(parts, start=1):
         loss = loss + functional.cross_entropy(part, wanted[present][:, index])
-    for index, part in enumerate(_background_parts(background)):
+    for index, part in enumerate(_parts(background, BACKGROUND_HEADS)):
         loss = loss + functional.cross_entropy(part, answers[:, 4 * _CELLS + index])
     return loss
 
 
-def _background_parts(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split([len(names) for names in BACKGROUND_HEADS.values()], dim=1)
+def _parts(logits: Tensor, heads: dict[str, tuple[str, ...]]) -> list[Tensor]:
+    """Cut the last axis into the heads' logits."""
+    return list(torch.split(logits, [len(names) for names in heads.values()], dim=-1))
 
 
 @torch.no_grad()
 def read(model: SceneReader, pictures: Tensor) -> list[Reading]:
     """Read pictures [n, 3, 64, 64] in -1..1."""
     cells, background = model(pictures)
-    parts = cells[..., 1:].split([len(names) for names in THING_HEADS.values()], dim=2)
+    parts = _parts(cells[..., 1:], THING_HEADS)
     named = torch.stack([part.argmax(dim=2) for part in parts], dim=2).tolist()
     present = (cells[..., 0] > 0).tolist()
-    behind = torch.stack([p.argmax(dim=1) for p in _background_parts(background)], dim=1).tolist()
+    behind = torch.stack(
+        [p.argmax(dim=1) for p in _parts(background, BACKGROUND_HEADS)], dim=1
+    ).tolist()
     return [
         Reading(_things(present[row], named[row]), _background(behind[row]))
         for row in range(len(pictures))

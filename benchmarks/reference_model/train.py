@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.reference_model import autoencoder, dataset, diffusion, exporting, judging
 from benchmarks.reference_model.adherence import Adherence, save_reader
@@ -64,7 +65,7 @@ FULL = Schedule(
     rebuilt=2_000,
     vae=Settings(steps=700, batch=8, peak_rate=1e-3, warmup=30, average=0.99, cooldown=0.8),
     diffusion=Settings(
-        steps=2400, batch=32, peak_rate=1e-3, warmup=150, average=0.998, cooldown=0.4
+        steps=6000, batch=16, peak_rate=8e-4, warmup=150, average=0.998, cooldown=0.4
     ),
     reader=Settings(steps=800, batch=32, peak_rate=3e-3, average=0.99),
     evaluated=200,
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if ranks == 1:
         _work(0, None, job)
     else:
-        torch.multiprocessing.spawn(_work, (Exchange.among(ranks), job), nprocs=ranks)
+        spawn(_work, (Exchange.among(ranks), job), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
 def _work(rank: int, exchange: Exchange | None, job: Job) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from benchmarks.comparison import Activity, Conditions
 from profiles.hardware import Hardware
 
-__all__ = ["activity", "conditions", "tool_versions"]
+__all__ = ["activity", "conditions", "load_average", "tool_versions"]
 
 _TOOLS = (
     "kiln-diffusion",
@@ -48,8 +48,12 @@ def activity() -> Activity:
     import psutil
 
     share = psutil.cpu_percent(interval=1.0) / 100
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return Activity(cpu_share=share, load_average=load)
+    return Activity(cpu_share=share, load_average=load_average())
+
+
+def load_average() -> float | None:
+    """The load average over one minute; None on systems that have none (Windows)."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def tool_versions() -> dict[str, str]:

@@ -88,6 +88,12 @@ def entrant() -> Callable[..., Contestant]:
 
 
 @pytest.fixture
+def entrants(tmp_path: Path) -> tuple[Contestant, ...]:
+    """Those of `measurement`."""
+    return contestants(tmp_path)
+
+
+@pytest.fixture
 def measurement(tmp_path: Path) -> Callable[..., Measured]:
     """Make a measurement of some prompts, its pictures under `tmp_path`/images."""
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from benchmarks import compare as command
-from benchmarks import levels, prompts
+from benchmarks import comparing, levels, prompts
 from benchmarks.contestants import Contestant
-from profiles.errors import KilnError, SpecError
-from tests.tiny_pipelines import tiny_sd
-
-Make = Callable[..., Contestant]
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(command.compare, list(arguments))
-
-
-def refusal(*arguments: str) -> str:
-    """The sentence of the KilnError that the command raises, which must be a SpecError."""
-    error = invoke("model", "-o", "out", *arguments).exception
-    assert isinstance(error, SpecError), error
-    return str(error)
+from benchmarks.measure import Measured
+from optimizer import compile as compiling
+from optimizer.compile import CompileResult
+from profiles.errors import SpecError
+from runners.bundle import read_manifest
 
 
 @pytest.mark.parametrize(
@@ -49,15 +38,17 @@ def refusal(*arguments: str) -> str:
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(
-    arguments: tuple[str, ...], sentence: str
+    kiln: Any, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    assert sentence in refusal(*arguments)
+    ended = kiln("compare", "model", "-o", "out", *arguments)
+    assert ended.code == 2
+    assert sentence in ended.sentence
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    error = invoke(str(tmp_path / "no"), "-o", str(tmp_path / "out")).exception
-    assert isinstance(error, KilnError)
-    assert str(tmp_path / "no") in str(error)
+def test_a_model_that_is_not_there_is_refused(kiln: Any, tmp_path: Path) -> None:
+    ended = kiln("compare", tmp_path / "no", "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert str(tmp_path / "no") in ended.sentence
     assert not (tmp_path / "out").exists()
 
 
@@ -107,36 +98,47 @@ def test_prompt_files_that_cannot_be_used(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_sd(tmp_path_factory.mktemp("compare") / "model")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with steps and guidance of its own."""
+    folder = tmp_path_factory.mktemp("compare") / "model"
+    shutil.copytree(tiny_model, folder)
     (folder / "kiln.json").write_text(json.dumps({"steps": 2, "guidance": 3.0}))
     return folder
 
 
 @pytest.fixture
-def emulated(model: Path, entrant: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Levels are the model itself: no bundle is compiled."""
+def compiled(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Compilations are answered with the session's bundle; what was asked for."""
+    asked: list[dict[str, Any]] = []
+    made = bundle("openvino")
 
-    def both(_wish: Any, source: Any, _console: Any) -> list[Contestant]:
-        return [levels.plain_contestant(source), entrant("none", "diffusers", model)]
+    def compile_bundle(recipe: Any, out: Path, **options: Any) -> CompileResult:
+        asked.append({"recipe": recipe, "out": out, **options})
+        return CompileResult(made, read_manifest(made), 1.0, reused=True)
 
-    monkeypatch.setattr(levels, "contestants", both)
+    monkeypatch.setattr(compiling, "compile_bundle", compile_bundle)
+    return asked
 
 
-@pytest.mark.usefixtures("emulated")
 def test_a_whole_run_writes_report_and_pictures_and_one_json_line(
-    model: Path, tmp_path: Path
+    kiln: Any, model: Path, compiled: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
-    arguments = ("--levels", "none", "--count", "2", "--threads", "1", "--json")
-    result = invoke(str(model), "-o", str(out), *arguments)
-    assert result.exception is None, result.output
-    (line,) = result.stdout.splitlines()
+    options = ("--levels", "none", "--backend", "openvino", "--count", 2, "--threads", 1, "--json")
+    ended = kiln("compare", model, "-o", out, *options)
+    assert ended.code == 0, ended.err
+    (asked,) = compiled
+    assert (asked["out"], asked["force"]) == (out / "bundles" / "none", True)
+    assert (asked["recipe"].quant, asked["recipe"].backend) == ("none", "openvino")
+    (line,) = ended.out.splitlines()
     document = json.loads(line)
     reference, level = document["levels"]
     assert (reference["name"], level["name"]) == ("diffusers fp32", "none")
     assert reference["bytes_vs_fp32"] == pytest.approx(1.0, abs=0.01)  # stored as fp32
-    assert (level["psnr_db"], level["ssim"], level["sqnr_db"]) == (100.0, 1.0, 200.0)
+    # fp32 in another order of sums: about 1e-6 of the signal, and at most 1 in 255 a pixel
+    assert level["sqnr_db"] > 90
+    assert level["psnr_db"] > 48
+    assert len(level["sqnr_db_per_step"]) == 2
     assert level["speedup"] > 0
     assert level["peak_rss_bytes"] > 100e6
     assert (document["settings"]["steps"], document["settings"]["guidance"]) == (2, 3.0)
@@ -146,11 +148,29 @@ def test_a_whole_run_writes_report_and_pictures_and_one_json_line(
     assert (out / "report.html").read_text("utf-8").startswith("<!doctype html>")
 
 
-@pytest.mark.usefixtures("emulated")
-def test_an_output_that_is_a_file_is_refused(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_reports_what_was_finished_and_exits_with_130(
+    kiln: Any,
+    model: Path,
+    measurement: Callable[..., Measured],
+    entrants: tuple[Contestant, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interrupted = measurement("a", "b")
+    interrupted.complete = False
+    monkeypatch.setattr(levels, "contestants", lambda *_: list(entrants))
+    monkeypatch.setattr(comparing, "measure", lambda *_, **__: interrupted)
+    ended = kiln("compare", model, "-o", tmp_path, "--json")
+    assert ended.code == 130
+    assert ended.sentence == "Error: Interrupted; what was finished is kept."
+    assert json.loads(ended.out)["complete"] is False
+    assert "Interrupted: 2 of 2" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_an_output_that_is_a_file_is_refused(kiln: Any, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "taken"
     out.touch()
-    error = invoke(str(model), "-o", str(out), "--levels", "none").exception
-    assert isinstance(error, SpecError)
-    assert f"can't write to {out}" in str(error)
-    assert "name another folder with -o" in str(error)
+    ended = kiln("compare", model, "-o", out)
+    assert ended.code == 2
+    assert f"can't write to {out}" in ended.sentence
+    assert ended.sentence.endswith("name another folder with -o")

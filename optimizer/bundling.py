@@ -109,8 +109,9 @@ def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
 @contextmanager
 def _private(out: Path) -> Iterator[Path]:
     parent = out.absolute().parent
-    for left in parent.glob(f".{out.name}.*.kiln-new"):  # of a compile that was killed
-        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+    for left in parent.glob(f".{out.name}.*.kiln-*"):  # of a compile that was killed
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     folder = parent / f".{out.name}.{os.getpid()}.kiln-new"
     folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """One torch component -> one ONNX file (torch.onnx.export, dynamo), cleaned up.
 
-Every name of a parameter survives, so later stages can still say which layer is which. The custom
-operators of runners/quantized.py become QuantizeLinear and DequantizeLinear, codes of 4-bit layers
-real INT4 initializers.
+Every name of a parameter survives (NAME.transposed where a linear's weight is stored so), so later
+stages can still say which layer is which. The custom operators of runners/quantized.py become
+QuantizeLinear and DequantizeLinear, codes of 4-bit layers real INT4 initializers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onnxscript import opset23
 from onnxscript import optimizer as onnx_optimizer
 from torch import Tensor, nn
 
-from optimizer.graph import clean
+from optimizer.graph import clean, name_transposed
 from profiles.errors import BuildError
 from runners import quantized as _operators  # noqa: F401 (registers the operators)
 from runners.signature import Signature
@@ -82,12 +82,14 @@ def export_onnx(
                 },
             )
     except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error).rpartition("## Exception summary")[2].strip().splitlines()[0]
         raise BuildError(
-            f"torch.onnx.export failed: {str(error).splitlines()[0]}.",
+            f"torch.onnx.export failed: {reason} (run again with -v for the log).",
             log=f"{log.getvalue()}{error}",
         ) from error
     assert program is not None
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    name_transposed(program.model.graph)
     # Small limits: shape arithmetic is folded, no parameter is; turns SplitToSequence into Split.
     onnx_optimizer.optimize(program.model, input_size_limit=1024, output_size_limit=1024)
     clean(program.model)

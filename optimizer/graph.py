@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-__all__ = ["clean"]
+__all__ = ["clean", "name_transposed"]
 
 
 def clean(model: ir.Model) -> None:
@@ -16,6 +16,14 @@ def clean(model: ir.Model) -> None:
     _pack_int4(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _strip(model)
+
+
+def name_transposed(graph: ir.Graph) -> None:
+    """Name a transposed parameter after the parameter: the optimizer stores linears' weights so."""
+    for node in graph:
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is not None and source.is_initializer():
+            node.outputs[0].name = f"{source.name}.transposed"
 
 
 def _share_small_initializers(graph: ir.Graph) -> None:
@@ -61,12 +69,11 @@ def _strip(model: ir.Model) -> None:
     """Remove metadata_props, doc strings and value_info: stack traces with absolute paths."""
     passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
-    outside = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    ends = {*model.graph.inputs, *model.graph.outputs}
     for node in model.graph:
         node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in outside:
-                value.shape, value.type = None, None
+    computed = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *computed):
+        value.metadata_props.clear()
+        if value not in ends:
+            value.shape, value.type = None, None

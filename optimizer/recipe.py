@@ -90,5 +90,5 @@ def load_recipe(path: Path) -> Recipe:
             f"{path} is no recipe ({error}): write one with `kiln inspect BUNDLE --recipe`."
         ) from error
     if not isinstance(document, dict):
-        raise SpecError(f"{path} is no recipe: it should hold one JSON object.")
+        raise SpecError(f"{path} is no recipe: write one with `kiln inspect BUNDLE --recipe`.")
     return checked(document)

@@ -1,0 +1,267 @@
+"""The contract of every engine: a new line of the table is tested by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optimizer.backends import BACKENDS
+from optimizer.check import limit_db
+from optimizer.numerics import EXACT_DB, sqnr_db
+from profiles.errors import BundleError, MissingError, SpecError
+from runners.bundle import Bundle, open_bundle, read_manifest
+from runners.engines import ENGINES, engine_class
+from runners.engines.base import Array, Engine
+from runners.manifest import ComponentEntry
+from runners.pipeline import open_engine
+
+MakeBundle = Callable[..., Path]
+ROLES = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+
+
+def test_every_engine_has_its_builder() -> None:
+    assert set(BACKENDS) == set(ENGINES)
+
+
+def sizes(entry: ComponentEntry, batch: int, height: float, width: float) -> dict[str, int]:
+    """Legal sizes, in parts of the range from its optimum (1) to its maximum (2)."""
+    factors = {"batch": batch, "height": height, "width": width}
+    return {
+        dim.name: batch if dim.name == "batch" else dim.nearest(round(dim.opt * factors[dim.name]))
+        for dim in entry.signature.dims
+    }
+
+
+def feeds(entry: ComponentEntry, size: dict[str, int], *, seed: int = 0) -> dict[str, Array]:
+    """Values as a denoising run has them: unit noise, a timestep, small token ids."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for spec in entry.signature.inputs:
+        shape = tuple(size[axis] if isinstance(axis, str) else axis for axis in spec.axes)
+        if spec.dtype == "int64":
+            found[spec.name] = rng.integers(0, 70, shape)
+        elif spec.name == "timestep":
+            found[spec.name] = np.full(shape, 501, np.float32)
+        else:
+            found[spec.name] = rng.standard_normal(shape, np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def opened(bundle: MakeBundle) -> Iterator[Callable[..., tuple[Engine, ComponentEntry]]]:
+    """`opened(backend, role, quant)`: an open engine of the tiny model and its entry."""
+    engines: dict[tuple[str, str, str], tuple[Engine, ComponentEntry]] = {}
+    bundles: dict[tuple[str, str], Bundle] = {}
+
+    def get(backend: str, role: str, quant: str = "none") -> tuple[Engine, ComponentEntry]:
+        if (backend, quant) not in bundles:
+            bundles[backend, quant] = open_bundle(bundle(backend, quant))
+        found = bundles[backend, quant]
+        if (backend, role, quant) not in engines:
+            entry = found.manifest.component(role)
+            engine = open_engine(found, entry, threads=1).__enter__()
+            engines[backend, role, quant] = engine, entry
+        return engines[backend, role, quant]
+
+    yield get
+    for engine, _ in engines.values():
+        engine.close()
+
+
+Opened = Callable[..., tuple[Engine, ComponentEntry]]
+
+
+def first_output(engine: Engine, given: dict[str, Array]) -> Array:
+    return engine(given)[engine.signature.outputs[0].name]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("backend", ENGINES)
+def test_an_engine_agrees_with_the_fp32_module_at_two_sizes_in_turn(
+    opened: Opened, tiny_model: Path, backend: str, role: str
+) -> None:
+    """At least what compile demands of fp32, 79 dB; no NaN; the sizes take turns."""
+    from optimizer.calls import Call
+    from optimizer.load import load_module
+    from optimizer.prepare import run_module
+    from optimizer.source import resolve
+    from runners.modules import WRAPPERS
+
+    engine, entry = opened(backend, role)
+    folder = "vae" if role.startswith("vae") else {"denoiser": "unet"}.get(role, role)
+    wrapper = WRAPPERS[role](load_module(resolve(str(tiny_model)), folder))
+    for seed, size in enumerate([(2, 1.0, 1.5), (1, 1.75, 0.5), (2, 1.0, 1.5)]):
+        given = feeds(entry, sizes(entry, *size), seed=seed)
+        inputs = tuple(given[spec.name] for spec in entry.signature.inputs)
+        wanted = run_module(wrapper, Call(inputs, ())).outputs
+        outputs = engine(given)
+        assert list(outputs) == [spec.name for spec in entry.signature.outputs]
+        for found, reference in zip(outputs.values(), wanted, strict=True):
+            assert found.dtype == np.float32
+            assert found.shape == reference.shape
+            assert np.isfinite(found).all()
+            assert sqnr_db([(reference, found)]) >= limit_db(EXACT_DB, "fp32")
+
+
+@pytest.mark.parametrize("backend", [name for name in ENGINES if name != "eager"])
+def test_a_quantized_engine_agrees_with_the_oracle(opened: Opened, backend: str) -> None:
+    """The engine may lose 1 dB more than the oracle (check.py). An independent error that costs
+    1 dB is 5.9 dB under the oracle's own, so engine and oracle must agree to that.
+    """
+    oracle, entry = opened("eager", "denoiser", "int8")
+    engine, _ = opened(backend, "denoiser", "int8")
+    assert entry.oracle_sqnr_db is not None
+    for size in ((2, 1.0, 1.0), (1, 1.75, 0.5)):
+        given = feeds(entry, sizes(entry, *size))
+        agreement = sqnr_db([(first_output(oracle, given), first_output(engine, given))])
+        assert agreement >= entry.oracle_sqnr_db + 5.9
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_feeds_are_checked_before_they_reach_the_library(opened: Opened, backend: str) -> None:
+    engine, entry = opened(backend, "denoiser")
+    given = feeds(entry, sizes(entry, 1, 1.0, 1.0))
+    sample = given["sample"]
+    for wrong, sentence in (
+        ({**given, "sample": sample.astype(np.float64)}, "sample must be float32, and is float64"),
+        ({**given, "sample": sample[0]}, "sample has 3 axes, and the engine takes 4"),
+        ({**given, "sample": sample[:, :3]}, "sample needs 4 where it has 3"),
+        ({name: given[name] for name in ("sample", "timestep")}, "and got ['sample', 'timestep']"),
+        ({**given, "sample": sample[..., :-1]}, "width 15, and the engine was compiled for"),
+        ({**given, "sample": sample[..., :-1]}, "use 16, or compile with a wider range"),
+        (
+            {**given, "sample": sample[:, :, :2]},
+            "height 2, and the engine was compiled for 8 to 32",
+        ),
+    ):
+        with pytest.raises(SpecError) as caught:
+            engine(wrong)
+        assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_arrays_that_are_not_contiguous_are_taken(opened: Opened, backend: str) -> None:
+    engine, entry = opened(backend, "denoiser")
+    given = feeds(entry, sizes(entry, 1, 1.0, 1.0))
+    turned = {**given, "sample": given["sample"].transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2)}
+    assert not turned["sample"].flags.c_contiguous
+    np.testing.assert_array_equal(first_output(engine, turned), first_output(engine, given))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_outputs_are_the_callers_to_keep(opened: Opened, backend: str) -> None:
+    engine, entry = opened(backend, "denoiser")
+    size = sizes(entry, 1, 1.0, 1.0)
+    first = first_output(engine, feeds(entry, size))
+    kept = first.copy()
+    first_output(engine, feeds(entry, size, seed=1))
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_the_same_feeds_give_the_same_bytes(opened: Opened, backend: str) -> None:
+    engine, entry = opened(backend, "denoiser", "int8")
+    given = feeds(entry, sizes(entry, 2, 1.0, 1.0))
+    assert first_output(engine, given).tobytes() == first_output(engine, given).tobytes()
+
+
+def reopened(bundle: Path, **properties: Any) -> Engine:
+    """The text encoder's engine with other properties than the manifest's."""
+    found = open_bundle(bundle)
+    entry = found.manifest.component("text_encoder")
+    changed = entry.model_copy(update={"properties": {**entry.properties, **properties}})
+    return open_engine(found, changed, threads=1)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_closed_engine_does_not_run_and_closes_twice(bundle: MakeBundle, backend: str) -> None:
+    engine = reopened(bundle(backend))
+    with pytest.raises(RuntimeError, match="not open"):
+        engine({})
+    with engine:
+        pass
+    engine.close()
+    with pytest.raises(RuntimeError, match="not open"):
+        engine({})
+
+
+def test_openvino_refuses_what_it_reads_back_differently(bundle: MakeBundle) -> None:
+    path = bundle("openvino")
+    entry = open_bundle(path).manifest.component("text_encoder")
+    with (
+        reopened(path, INFERENCE_PRECISION_HINT="no-such-type") as engine,
+        pytest.raises(BundleError, match="OpenVINO can't compile the engine"),
+    ):
+        engine(feeds(entry, {"batch": 1}))
+
+
+def test_a_property_that_comes_back_other_than_set_is_an_error() -> None:
+    Engine._same("HINT", "bf16", "BF16")
+    with pytest.raises(BundleError) as caught:
+        Engine._same("HINT", "f32", "bf16")
+    sentence = "The engine property HINT must be f32 and is bf16 after opening"
+    assert str(caught.value).startswith(sentence)
+    assert "compile again" in str(caught.value)
+
+
+def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
+    engine, entry = opened("openvino", "denoiser", "int8")
+    given = feeds(entry, sizes(entry, 1, 1.0, 1.0))
+    compiled = engine.compile(  # type: ignore[attr-defined]
+        {name: array.shape for name, array in given.items()}
+    )
+    assert entry.properties["INFERENCE_PRECISION_HINT"] == "f32"
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+
+
+def test_openvino_runs_every_layer_with_a_rounded_input_in_low_bits(
+    bundle: MakeBundle, tiny_model: Path
+) -> None:
+    """Counted in the plugin's own runtime graph, at the native size."""
+    from optimizer.load import load_module
+    from optimizer.quantize.apply import planned_layers
+    from optimizer.quantize.policy import Policy
+    from optimizer.source import resolve
+
+    manifest = read_manifest(bundle("openvino", "int8"))
+    policy = Policy.model_validate(manifest.policies["unet"])
+    schemes = planned_layers(load_module(resolve(str(tiny_model)), "unet"), policy)
+    rounded = [name for name, scheme in schemes.items() if scheme.activation != "none"]
+    entry = manifest.component("denoiser")
+    assert entry.layers_quantized == len(schemes)
+    assert entry.layers_low_bit is not None
+    assert entry.layers_low_bit >= len(rounded) > 60
+
+
+def test_an_unknown_backend_names_the_known_ones() -> None:
+    with pytest.raises(SpecError) as caught:
+        engine_class("tvm")
+    assert str(caught.value) == f"The backend tvm is not known: use one of {', '.join(ENGINES)}."
+
+
+def test_a_backend_whose_library_is_missing_names_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ENGINES, "absent", "no_such_library.engine:Engine")
+    with pytest.raises(MissingError) as caught:
+        engine_class("absent")
+    assert "no_such_library, which isn't installed" in str(caught.value)
+    assert 'pip install "kiln-diffusion[cpu]"' in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_broken_engine_files_are_a_bundle_error(bundle: MakeBundle, backend: str) -> None:
+    """Bytes that pass the digests, because whoever wrote the manifest hashed them so."""
+    found = open_bundle(bundle(backend))
+    entry = found.manifest.component("text_encoder")
+    files = dict.fromkeys(entry.files, b"\x1f\x8b garbage")
+    engine = engine_class(backend)(
+        files, signature=entry.signature, properties=entry.properties, threads=1
+    )
+    with pytest.raises(BundleError), engine:
+        pass

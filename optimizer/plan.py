@@ -229,7 +229,7 @@ def _calibration(folder: Path, parameters: int, how: tuple[int, float, int]) -> 
     own = folder / "prompts" / "calibration.txt"
     path = own if own.is_file() else Path(__file__).with_name("prompts.txt")
     prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    runs, held_out = (2, 1) if parameters > _LARGE else (16, 4)
+    runs, held_out = (2, 1) if parameters > _LARGE else (8, 4)
     steps, guidance, seed = how
     if len(prompts) < runs + held_out:
         raise SpecError(f"{path} holds {len(prompts)} prompts; {runs + held_out} are needed.")

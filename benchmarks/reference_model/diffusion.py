@@ -1,4 +1,4 @@
-"""Train the denoiser together with its text encoder, in the VAE's latent space."""
+"""Train the denoiser in the VAE's latent space, with a text encoder that stays as it is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from benchmarks.reference_model.optimising import Run, Settings, optimise
-from benchmarks.reference_model.wording import TOKENS
+from benchmarks.reference_model.understanding import WIDTH
 
-_WIDTH = 128
 _UNCAPTIONED = 0.1
 _SNR_CAP = 5.0
 _LAYOUT_FROM = 700
@@ -30,28 +29,10 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         block_out_channels=(64, 128, 128),
         layers_per_block=1,
-        cross_attention_dim=_WIDTH,
+        cross_attention_dim=WIDTH,
         attention_head_dim=(2, 4, 4),
         time_embedding_dim=128,
         norm_num_groups=8,
-    )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder: three layers, causal, 32 positions."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_WIDTH,
-            intermediate_size=4 * _WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            projection_dim=_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
     )
 
 
@@ -71,30 +52,25 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Conditioned(nn.Module):
-    """The denoiser and its text encoder as one module to train."""
+    """The denoiser and its frozen text encoder as one module to train."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         """Join the two, which stay usable alone."""
         super().__init__()
         self.unet = unet
-        self.text_encoder = text_encoder
+        self.text_encoder = text_encoder.requires_grad_(False)
 
     def forward(self, latent: Tensor, time: Tensor, ids: Tensor) -> Tensor:
         """Predict v: latent [n, 4, 16, 16], time [n], ids [n, 32] -> [n, 4, 16, 16]."""
-        words = self.text_encoder(input_ids=ids).last_hidden_state
+        with torch.no_grad():
+            words = self.text_encoder(input_ids=ids).last_hidden_state
         predicted: Tensor = self.unet(latent, time, encoder_hidden_states=words).sample
         return predicted
 
 
-def build_conditioned(tokenizer: CLIPTokenizer) -> Conditioned:
-    """Return the untrained pair, always with the same initial weights."""
-    torch.manual_seed(12)
-    return Conditioned(build_unet(), build_text_encoder(tokenizer))
-
-
 def train_diffusion(
     run: Run,
-    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
     latents: NDArray[np.float16],
     ids: Tensor,
     empty: Tensor,
@@ -104,7 +80,8 @@ def train_diffusion(
 
     `empty` [32] is the empty caption, which replaces one caption in ten.
     """
-    model = build_conditioned(tokenizer).to(run.device)
+    torch.manual_seed(12)
+    model = Conditioned(build_unet(), text_encoder).to(run.device)
     model.unet.set_attn_processor(_training_attention(run.device))
     kept = build_scheduler().alphas_cumprod.to(run.device)
 

@@ -19,7 +19,14 @@ from platformdirs import user_cache_path
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.reference_model import autoencoder, dataset, diffusion, exporting, judging
+from benchmarks.reference_model import (
+    autoencoder,
+    dataset,
+    diffusion,
+    exporting,
+    judging,
+    understanding,
+)
 from benchmarks.reference_model.adherence import Adherence, save_reader
 from benchmarks.reference_model.captions import PHRASINGS, Scene, caption_of
 from benchmarks.reference_model.evaluate import (
@@ -44,6 +51,7 @@ class Schedule:
     scenes: int
     rebuilt: int
     vae: Settings
+    text: Settings
     diffusion: Settings
     reader: Settings
     evaluated: int
@@ -63,9 +71,10 @@ class Job:
 FULL = Schedule(
     scenes=24_000,
     rebuilt=2_000,
-    vae=Settings(steps=700, batch=8, peak_rate=1e-3, warmup=30, average=0.99, cooldown=0.8),
+    vae=Settings(steps=3000, batch=8, peak_rate=1e-3, warmup=30, average=0.99, cooldown=0.8),
+    text=Settings(steps=1000, batch=128, peak_rate=1e-3, average=0.99),
     diffusion=Settings(
-        steps=6000, batch=16, peak_rate=8e-4, warmup=150, average=0.998, cooldown=0.4
+        steps=4000, batch=16, peak_rate=8e-4, warmup=100, average=0.998, cooldown=0.5
     ),
     reader=Settings(steps=800, batch=32, peak_rate=3e-3, average=0.99),
     evaluated=200,
@@ -76,6 +85,7 @@ SMOKE = Schedule(
     scenes=64,
     rebuilt=32,
     vae=Settings(steps=2, batch=4, peak_rate=1e-4),
+    text=Settings(steps=2, batch=8, peak_rate=1e-4),
     diffusion=Settings(steps=2, batch=4, peak_rate=1e-4),
     reader=Settings(steps=2, batch=8, peak_rate=1e-4),
     evaluated=2,
@@ -96,7 +106,8 @@ def train(run: Run, schedule: Schedule, out: Path, sheet: Path) -> None:
     captions = [caption_of(s, phrasing) for s in scenes for phrasing in range(PHRASINGS)]
     ids = token_ids(tokenizer, captions).reshape(len(scenes), PHRASINGS, -1)
     empty = token_ids(tokenizer, [""])[0]
-    model = diffusion.train_diffusion(run, tokenizer, latents, ids, empty, schedule.diffusion)
+    text = understanding.train_text_encoder(run, tokenizer, scenes, ids, schedule.text)
+    model = diffusion.train_diffusion(run, text, latents, ids, empty, schedule.diffusion)
     if run.rank > 0:
         return
     _log_parameters(run, vae, model, reader)

@@ -106,7 +106,6 @@ def measure(
         measured = Measured(settings, loaded, _warm_up(workers, settings, loaded, scratch))
         try:
             _make_pictures(workers, measured, _folders(contestants, images), console)
-            measured.peaks = {w.name: w.ask({"op": "peak"})["peak_rss_bytes"] for w in workers}
             _force(workers, measured, scratch, console)
             measured.complete = True
         except KeyboardInterrupt:
@@ -183,6 +182,7 @@ def _make_pictures(
                 answer = worker.ask(_picture_request(task, settings, path))
                 taken[worker.name] = Taken(path, answer["seconds"])
                 stage.advance()
+            measured.peaks = {w.name: w.ask({"op": "peak"})["peak_rss_bytes"] for w in workers}
             measured.rounds.append((task, taken))
             stage.note(f"{len(measured.rounds) * len(workers)} made")
 

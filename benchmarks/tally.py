@@ -199,7 +199,7 @@ def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> l
         total = len(measured.settings.prompts) * measured.settings.seeds
         notes.append(
             f"Interrupted: {len(measured.rounds)} of {total} pictures are counted for every row, "
-            "and what comes after the pictures (SQNR, peak memory) may be missing."
+            "and the SQNR, which comes after the pictures, may be missing."
         )
     for row in rows:
         sums = measured.sqnr.get(row.name)

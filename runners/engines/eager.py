@@ -8,8 +8,10 @@ from typing import Any, final
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from profiles.errors import BundleError, SpecError
 from runners.engines.base import Array, Buffer, Engine
 from runners.modules import WRAPPERS, component_from_config
 from runners.quantized import (
@@ -30,11 +32,15 @@ class EagerEngine(Engine):
     """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `role`, `dtype`."""
 
     def _open(self) -> None:
-        config = json.loads(bytes(self.files["config"]))
-        layers = json.loads(bytes(self.files["layers"]))
-        component = eager_module(config, layers, self.files["weights"])
-        dtype = _DTYPES[str(self.properties["dtype"])]
-        self._module = WRAPPERS[str(self.properties["role"])](component).to(dtype)
+        try:
+            config = json.loads(bytes(self.files["config"]))
+            layers = json.loads(bytes(self.files["layers"]))
+            dtype = _DTYPES[str(self.properties["dtype"])]
+            wrapper = WRAPPERS[str(self.properties["role"])]
+            component = eager_module(config, layers, self.files["weights"])
+        except (ValueError, KeyError, SafetensorError, SpecError) as error:
+            raise BundleError(f"torch can't open the engine: {error}.") from error
+        self._module = wrapper(component).to(dtype)
         self._dtype = dtype
         torch.set_num_threads(self.threads)
         self._same("dtype", dtype, next(self._module.parameters()).dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections import Counter, OrderedDict
 from typing import Any, final
 
@@ -103,8 +104,11 @@ def _readable(value: object) -> object:
 
 
 def _unpacked(packed: bytes) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
-        graph = stream.read(_GRAPH_LIMIT + 1)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+            graph = stream.read(_GRAPH_LIMIT + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BundleError(f"The engine's graph can't be unpacked: {error}.") from error
     if len(graph) > _GRAPH_LIMIT:
         raise BundleError(f"The engine's graph is larger than {_GRAPH_LIMIT} bytes: refused.")
     return graph

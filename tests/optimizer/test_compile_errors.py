@@ -41,8 +41,10 @@ def fails(kiln: Kiln, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kiln:
     return run
 
 
-def test_a_missing_folder(fails: Kiln) -> None:
-    assert "give a diffusers folder, a .safetensors checkpoint, or a hub id" in fails(2, "./none")
+def test_a_missing_folder(fails: Kiln, tmp_path: Path) -> None:
+    sentence = fails(2, tmp_path / "none")
+    assert "give a diffusers folder, a .safetensors checkpoint, or a hub id" in sentence
+    assert "./none is no folder here and no hub id" in fails(2, "./none")
 
 
 def test_no_model(fails: Kiln) -> None:
@@ -116,7 +118,7 @@ def test_truncated_weights(fails: Kiln, model: Path) -> None:
         (("--revision", "main"), 2, "is on disk and has no revisions: leave --revision out"),
         (("--recipe", "none.json"), 2, "write one with `kiln inspect BUNDLE --recipe`"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_wrong_option(
     fails: Kiln, tiny_model: Path, options: tuple[str, ...], code: int, words: str

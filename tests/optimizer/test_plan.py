@@ -80,7 +80,7 @@ def test_a_models_own_prompts_are_used_and_too_few_are_named(
         ({"size_min": 60}, "use 64."),
         ({"size_max": 66}, "use 64."),
         ({"size_max": 3}, "use 8."),
-        ({"size_min": 512}, "backwards: give the smaller side first."),
+        ({"size_max": 24}, "The sizes 32 to 24 are backwards: give the smaller side first."),
         ({"profile": "x86-avx9"}, "no profile is called 'x86-avx9'"),
     ],
     ids=str,

@@ -53,19 +53,21 @@ def feeds(entry: ComponentEntry, size: dict[str, int], *, seed: int = 0) -> dict
 
 @pytest.fixture(scope="module")
 def opened(bundle: MakeBundle) -> Iterator[Callable[..., tuple[Engine, ComponentEntry]]]:
-    """`opened(backend, role, quant)`: an open engine of the tiny model and its entry."""
-    engines: dict[tuple[str, str, str], tuple[Engine, ComponentEntry]] = {}
-    bundles: dict[tuple[str, str], Bundle] = {}
+    """`opened(backend, role, quant, dtype)`: an open engine of the tiny model and its entry."""
+    engines: dict[tuple[str, ...], tuple[Engine, ComponentEntry]] = {}
+    bundles: dict[tuple[str, ...], Bundle] = {}
 
-    def get(backend: str, role: str, quant: str = "none") -> tuple[Engine, ComponentEntry]:
-        if (backend, quant) not in bundles:
-            bundles[backend, quant] = open_bundle(bundle(backend, quant))
-        found = bundles[backend, quant]
-        if (backend, role, quant) not in engines:
-            entry = found.manifest.component(role)
-            engine = open_engine(found, entry, threads=1).__enter__()
-            engines[backend, role, quant] = engine, entry
-        return engines[backend, role, quant]
+    def get(
+        backend: str, role: str, quant: str = "none", dtype: str = "fp32"
+    ) -> tuple[Engine, ComponentEntry]:
+        how = (backend, quant, dtype)
+        if how not in bundles:
+            bundles[how] = open_bundle(bundle(*how))
+        if (*how, role) not in engines:
+            entry = bundles[how].manifest.component(role)
+            engine = open_engine(bundles[how], entry, threads=1).__enter__()
+            engines[*how, role] = engine, entry
+        return engines[*how, role]
 
     yield get
     for engine, _ in engines.values():
@@ -107,18 +109,37 @@ def test_an_engine_agrees_with_the_fp32_module_at_two_sizes_in_turn(
             assert sqnr_db([(reference, found)]) >= limit_db(EXACT_DB, "fp32")
 
 
+def test_bf16_costs_what_bf16_may(opened: Opened, has_bf16: bool) -> None:
+    """At least 27 dB, as check.py says: 28 for the dtype, and 1."""
+    if not has_bf16:
+        pytest.skip("the processor has no bf16 products")
+    exact, entry = opened("openvino", "denoiser")
+    engine, rounded = opened("openvino", "denoiser", "none", "bf16")
+    assert rounded.properties["INFERENCE_PRECISION_HINT"] == "bf16"
+    assert rounded.engine_bytes < 0.51 * entry.engine_bytes
+    for size in ((2, 1.0, 1.5), (1, 1.75, 0.5)):
+        given = feeds(entry, sizes(entry, *size))
+        wanted, found = first_output(exact, given), first_output(engine, given)
+        assert limit_db(EXACT_DB, "bf16") <= sqnr_db([(wanted, found)]) < 80
+
+
 @pytest.mark.parametrize("backend", [name for name in ENGINES if name != "eager"])
-def test_a_quantized_engine_agrees_with_the_oracle(opened: Opened, backend: str) -> None:
-    """The engine may lose 1 dB more than the oracle (check.py). An independent error that costs
-    1 dB is 5.9 dB under the oracle's own, so engine and oracle must agree to that.
+def test_a_quantized_engine_loses_what_the_oracle_loses(opened: Opened, backend: str) -> None:
+    """At most 1 dB more, as check.py says, on the same feeds.
+
+    Engine and oracle aren't compared with each other: sums in another order flip a few roundings,
+    each flip more of them in the layers below, so their errors are as good as drawn twice. What
+    one layer computes is compared in test_graph.py, where nothing has piled up yet.
     """
+    exact, _ = opened("eager", "denoiser")
     oracle, entry = opened("eager", "denoiser", "int8")
     engine, _ = opened(backend, "denoiser", "int8")
-    assert entry.oracle_sqnr_db is not None
     for size in ((2, 1.0, 1.0), (1, 1.75, 0.5)):
         given = feeds(entry, sizes(entry, *size))
-        agreement = sqnr_db([(first_output(oracle, given), first_output(engine, given))])
-        assert agreement >= entry.oracle_sqnr_db + 5.9
+        wanted = first_output(exact, given)
+        lost = sqnr_db([(wanted, first_output(oracle, given))])
+        assert 20 < lost < 60
+        assert sqnr_db([(wanted, first_output(engine, given))]) >= limit_db(lost, "fp32")
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -189,14 +210,18 @@ def test_a_closed_engine_does_not_run_and_closes_twice(bundle: MakeBundle, backe
         engine({})
 
 
-def test_openvino_refuses_what_it_reads_back_differently(bundle: MakeBundle) -> None:
-    path = bundle("openvino")
-    entry = open_bundle(path).manifest.component("text_encoder")
-    with (
-        reopened(path, INFERENCE_PRECISION_HINT="no-such-type") as engine,
-        pytest.raises(BundleError, match="OpenVINO can't compile the engine"),
-    ):
-        engine(feeds(entry, {"batch": 1}))
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_property_of_the_manifest_that_cannot_be_set_is_an_error(
+    bundle: MakeBundle, backend: str
+) -> None:
+    entry = open_bundle(bundle(backend)).manifest.component("text_encoder")
+    assert entry.properties
+    for name in entry.properties:
+        with (
+            pytest.raises(BundleError, match=r"can't .* the engine"),
+            reopened(bundle(backend), **{name: "no-such-value"}) as engine,
+        ):
+            engine(feeds(entry, {"batch": 1}))
 
 
 def test_a_property_that_comes_back_other_than_set_is_an_error() -> None:

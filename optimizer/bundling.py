@@ -93,6 +93,7 @@ def check_target(out: Path, *, force: bool) -> None:
 
 def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
     """Copy everything into a private folder beside `out`, write the manifest, and swap it in."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 (resolve would follow links; "." has no name)
     with _private(out) as folder:
         entries = []
         for job in plan.jobs:

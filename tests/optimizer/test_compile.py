@@ -88,6 +88,35 @@ def test_a_second_bundle_of_the_same_things_comes_from_the_store(
 
 
 @pytest.mark.usefixtures("no_stage")
+@pytest.mark.parametrize("out", [".", "../here", "./."])
+def test_an_empty_folder_becomes_the_bundle_whatever_it_is_called(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ended = kiln("compile", tiny_model, "-o", out, *PLAIN)
+    assert ended.code == 0, ended.err
+    open_bundle(tmp_path / "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_an_interrupted_compile_leaves_nothing_half_written(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **_keywords: object) -> str:
+        (arguments[1][-1] / "half").write_text("written")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "run_stage", interrupted)
+    ended = kiln("compile", tiny_model, "-o", tmp_path / "out", *PLAIN)
+    assert ended.code == 130
+    assert ended.sentence == "Error: Interrupted; what was finished is kept."
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("half"))
+
+
+@pytest.mark.usefixtures("no_stage")
 def test_another_bundle_at_o_is_replaced_with_force_only(
     kiln: Kiln, bundle: MakeBundle, tiny_model: Path, tmp_path: Path
 ) -> None:

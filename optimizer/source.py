@@ -21,7 +21,7 @@ from profiles.errors import SpecError
 
 __all__ = ["ModelSource", "resolve"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def export_pipeline(
     )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    pipeline.vae.register_to_config(_name_or_path="")  # where it lay on this machine
     pipeline.save_pretrained(partial, safe_serialization=True)
     settings = {"steps": STEPS, "guidance": GUIDANCE}
     (partial / "kiln.json").write_text(json.dumps(settings) + "\n")

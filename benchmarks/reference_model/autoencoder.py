@@ -13,6 +13,7 @@ from benchmarks.reference_model.optimising import Run, Settings, optimise
 
 _KL_WEIGHT = 2e-6
 _FIRST_LOGVAR = -4.0
+_LATENT_NOISE = 0.06
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -60,6 +61,26 @@ def train_autoencoder(run: Run, pictures: NDArray[np.uint8], settings: Settings)
     return vae
 
 
+def train_decoder(
+    run: Run, vae: AutoencoderKL, pictures: NDArray[np.uint8], settings: Settings
+) -> None:
+    """Train the decoder alone, which leaves all latents as they are, on slightly wrong latents."""
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    noise_scale = _LATENT_NOISE / vae.config.scaling_factor
+
+    def loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng([61, step, run.rank])
+        chosen = pictures[rng.integers(len(pictures), size=settings.batch)]
+        target, latent = as_input(chosen, run.device), encode(vae, chosen, run.device)
+        noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
+        noisy = (latent + noise * noise_scale).to(run.device)
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
+            picture = vae.decoder(vae.post_quant_conv(noisy))
+        return _picture_loss(picture.float() - target)
+
+    optimise(run, "decoder", decoder, settings, loss_at)
+
+
 def _reconstruct(
     vae: AutoencoderKL, target: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,14 +91,18 @@ def _reconstruct(
 
 
 def _loss(picture: Tensor, target: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """L1 + 2 MSE, the L1 of the edges, the L1 at half and quarter size, a tiny KL."""
-    wrong = picture - target
+    """The pictures' loss and a tiny KL."""
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+    return _picture_loss(picture - target) + _KL_WEIGHT * kl
+
+
+def _picture_loss(wrong: Tensor) -> Tensor:
+    """L1 + 2 MSE, the L1 of the edges, the L1 at half and quarter size."""
     loss = wrong.abs().mean() + 2 * wrong.square().mean()
     loss = loss + wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
     for size in (2, 4):
         loss = loss + functional.avg_pool2d(wrong, size).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-    return loss + _KL_WEIGHT * kl
+    return loss
 
 
 @torch.no_grad()

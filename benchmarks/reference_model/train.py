@@ -1,7 +1,8 @@
 """Train the reference model from nothing: `python -m benchmarks.reference_model.train`.
 
-Stages: pictures, VAE, latents, denoiser with text encoder, classifier, export, samples,
-evaluation. Each stage leaves a file in the work folder, so that a killed run resumes where it was.
+Stages: pictures, VAE, latents, classifier, text encoder, denoiser, the VAE's decoder once more,
+export, samples, evaluation. Each stage leaves a file in the work folder, so that a killed run
+resumes where it was.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Schedule:
     scenes: int
     rebuilt: int
     vae: Settings
+    decoder: Settings
     text: Settings
     diffusion: Settings
     reader: Settings
@@ -72,9 +74,10 @@ FULL = Schedule(
     scenes=24_000,
     rebuilt=2_000,
     vae=Settings(steps=3000, batch=8, peak_rate=1e-3, warmup=30, average=0.99, cooldown=0.8),
+    decoder=Settings(steps=700, batch=8, peak_rate=7e-4, warmup=30, average=0.99),
     text=Settings(steps=1000, batch=128, peak_rate=1e-3, average=0.99),
     diffusion=Settings(
-        steps=4000, batch=16, peak_rate=8e-4, warmup=100, average=0.998, cooldown=0.5
+        steps=2300, batch=16, peak_rate=8e-4, warmup=100, average=0.998, cooldown=0.5
     ),
     reader=Settings(steps=800, batch=32, peak_rate=3e-3, average=0.99),
     evaluated=200,
@@ -85,6 +88,7 @@ SMOKE = Schedule(
     scenes=64,
     rebuilt=32,
     vae=Settings(steps=2, batch=4, peak_rate=1e-4),
+    decoder=Settings(steps=2, batch=4, peak_rate=1e-4),
     text=Settings(steps=2, batch=8, peak_rate=1e-4),
     diffusion=Settings(steps=2, batch=4, peak_rate=1e-4),
     reader=Settings(steps=2, batch=8, peak_rate=1e-4),
@@ -108,8 +112,10 @@ def train(run: Run, schedule: Schedule, out: Path, sheet: Path) -> None:
     empty = token_ids(tokenizer, [""])[0]
     text = understanding.train_text_encoder(run, tokenizer, scenes, ids, schedule.text)
     model = diffusion.train_diffusion(run, text, latents, ids, empty, schedule.diffusion)
+    autoencoder.train_decoder(run, vae, pictures, schedule.decoder)
     if run.rank > 0:
         return
+    _log_psnr(run, vae, scenes[:600], first_seed=len(scenes))
     _log_parameters(run, vae, model, reader)
     exporting.export_pipeline(out, vae, model, tokenizer)
     save_reader(reader, out / "adherence")

@@ -148,7 +148,6 @@ def test_the_measure_wants_one_caption_for_each_picture(adherence: Adherence) ->
         adherence.score([Image.new("RGB", (64, 64))], ["a dog"])
 
 
-@pytest.mark.xfail(reason="the weights are of an unfinished training; see the README", strict=False)
 def test_generated_pictures_show_their_captions(adherence: Adherence) -> None:
     settings = json.loads((MODEL / "kiln.json").read_text())
     captions = captions_of(MODEL)[:6]

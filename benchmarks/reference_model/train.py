@@ -77,7 +77,7 @@ FULL = Schedule(
     decoder=Settings(steps=700, batch=8, peak_rate=7e-4, warmup=30, average=0.99),
     text=Settings(steps=1000, batch=128, peak_rate=1e-3, average=0.99),
     diffusion=Settings(
-        steps=2300, batch=16, peak_rate=8e-4, warmup=100, average=0.998, cooldown=0.5
+        steps=5000, batch=16, peak_rate=8e-4, warmup=100, average=0.998, cooldown=0.5
     ),
     reader=Settings(steps=800, batch=32, peak_rate=3e-3, average=0.99),
     evaluated=200,

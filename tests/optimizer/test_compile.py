@@ -32,8 +32,10 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
 @pytest.fixture
-def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker process may be started."""
+def no_stage(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bundles are there, and no worker process may be started any more."""
+    for how in BUNDLES:
+        bundle(*how)
 
     def started(target: str, *_arguments: object, **_keywords: object) -> str:
         raise AssertionError(f"{target} was run")

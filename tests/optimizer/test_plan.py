@@ -69,7 +69,7 @@ def test_a_models_own_prompts_are_used_and_too_few_are_named(
     assert calibration.prompts[0] == "prompt 0"
     assert not set(calibration.prompts) & set(calibration.held_out)
     prompts.write_text("one\n")
-    with pytest.raises(SpecError, match="holds 1 prompts; 20 are needed"):
+    with pytest.raises(SpecError, match=r"holds 1 prompts; \d+ are needed"):
         planned(model)
 
 

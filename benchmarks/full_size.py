@@ -71,8 +71,9 @@ def make_ours(model: Path, quant: str, out: Path) -> None:
     start = time.monotonic()
     unet, wrapper = _loaded(model)
     calls = load_calls(model / "calls.safetensors")
-    schemes = planned_layers(unet, default_policy(quant, SD1.component("unet")))
-    with observing(unet, quantizable_layers(unet)) as found:
+    spec = SD1.component("unet")
+    schemes = planned_layers(unet, default_policy(quant, spec))
+    with observing(unet, quantizable_layers(unet), spec.factors) as found:
         for call in _part(calls, held_out=False):
             run_module(wrapper, call)
     insert_quantized(unet, quantized_layers(unet, schemes, found))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from runners.manifest import (
     ModelEntry,
     Speed,
 )
+from runners.outputs import require_writable
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
 
@@ -79,16 +79,7 @@ def check_target(out: Path, *, force: bool) -> None:
             raise SpecError(
                 f"-o {out} holds another bundle: add --force to replace it, or give another folder."
             )
-    parent = out.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        probe = parent / f".kiln-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SpecError(
-            f"-o {out} can't be written ({error.strerror}): give a folder that you can write."
-        ) from error
+    require_writable(out)
 
 
 def assemble(plan: Plan, made: Made, out: Path) -> Manifest:

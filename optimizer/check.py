@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from optimizer.backends import builder
 from optimizer.calls import Call, load_calls
 from optimizer.numerics import sqnr_db
 from optimizer.plan import Job
+from optimizer.progress import Progress, Steps
 from profiles.errors import ParityError
 from runners.engines import engine_class
 from runners.engines.base import Engine
@@ -35,14 +37,21 @@ def limit_db(oracle_db: float, dtype: str) -> float:
     return -10 * math.log10(noise) - _ENGINE_LOSS_DB
 
 
-def build_and_check(job: Job, prepared: Path, recorded: Path, out: Path) -> None:
+def build_and_check(
+    job: Job, prepared: Path, recorded: Path, out: Path, progress: Progress
+) -> None:
     """Build the engine into `out`, check it at two unseen sizes and on the recorded calls.
 
     Writes built.json: files, properties and everything measured. Raises ParityError, naming the
     component, the size and both numbers, where an engine's outputs are worse than `limit_db` or
-    hold a NaN.
+    hold a NaN. Progress counts calls; building counts as a fifth of the recorded ones.
     """
+    unseen = load_calls(prepared / "unseen.safetensors")
+    calls = load_calls(recorded / f"{job.spec.name}.safetensors")
+    building = max(1, len(calls) // 5)
+    steps = Steps(progress, building + len(unseen) + len(calls))
     built = builder(job.backend).build(prepared, out, dtype=job.dtype, role=job.spec.role)
+    steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
     engine = engine_class(job.backend)(
         {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
@@ -50,14 +59,12 @@ def build_and_check(job: Job, prepared: Path, recorded: Path, out: Path) -> None
         properties=built.properties,
         threads=psutil.cpu_count(logical=False) or 1,
     )
-    unseen = load_calls(prepared / "unseen.safetensors")
-    calls = load_calls(recorded / f"{job.spec.name}.safetensors")
     start = time.monotonic()
     with engine:
         engine(next(iter(calls.values())).feeds(job.signature))
         load_seconds = time.monotonic() - start
-        found = {name: engine_db(engine, {name: call}) for name, call in unseen.items()}
-        total = engine_db(engine, calls)
+        found = {name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())}
+        total = engine_db(engine, steps.counting(calls.values()))
         low_bit = builder(job.backend).low_bit_layers(engine)
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
@@ -75,12 +82,10 @@ def build_and_check(job: Job, prepared: Path, recorded: Path, out: Path) -> None
     (out / "built.json").write_text(json.dumps(document), "utf-8")
 
 
-def engine_db(engine: Engine, calls: dict[str, Call]) -> float:
+def engine_db(engine: Engine, calls: Iterable[Call]) -> float:
     """The engine's SQNR against the calls' fp32 outputs, of the first output."""
     name = engine.signature.outputs[0].name
-    return sqnr_db(
-        (call.outputs[0], engine(call.feeds(engine.signature))[name]) for call in calls.values()
-    )
+    return sqnr_db((call.outputs[0], engine(call.feeds(engine.signature))[name]) for call in calls)
 
 
 def _require(job: Job, where: str, db: float, oracle_db: float) -> None:

@@ -15,6 +15,7 @@ from optimizer.calls import Call, load_calls, resized, save_calls, traced_sizes,
 from optimizer.load import load_module
 from optimizer.numerics import EXACT_DB, sqnr_db
 from optimizer.plan import Job, Plan
+from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import planned_layers, quantized_layers
 from optimizer.record import load_statistics
 from runners.modules import WRAPPERS
@@ -30,27 +31,37 @@ def run_module(wrapper: nn.Module, call: Call) -> Call:
     return Call(call.inputs, tuple(tensor.float().numpy() for tensor in outputs))
 
 
-def prepare(plan: Plan, job: Job, recorded: Path, statistics: Path | None, out: Path) -> None:
+def prepare(
+    plan: Plan,
+    job: Job,
+    recorded: Path,
+    statistics: Path | None,
+    out: Path,
+    progress: Progress,
+) -> None:
     """Write what the backend builds from, unseen.safetensors and info.json into `out`.
 
     unseen.safetensors holds fp32 calls at two sizes that are never traced; info.json what the
-    quantized module (the oracle) loses on them and on the recorded calls.
+    quantized module (the oracle) loses on them and on the recorded calls. Progress counts layers
+    and calls; the export, which can't be looked into, counts as much as all of them.
     """
     module = load_module(plan.source, job.spec.folder)
     wrapper = WRAPPERS[job.spec.role](module)
     calls = load_calls(recorded / f"{job.spec.name}.safetensors")
+    schemes = planned_layers(module, job.policy)
+    steps = Steps(progress, 2 * (2 + len(schemes) + (2 + len(calls) if schemes else 0)))
     unseen = _unseen_calls(wrapper, job, list(calls.values()))
     save_calls(unseen, out / "unseen.safetensors")
-    schemes = planned_layers(module, job.policy)
+    steps.advance(len(unseen))
     if schemes:
         found = load_statistics(statistics) if statistics is not None else {}
-        insert_quantized(module, quantized_layers(module, schemes, found))
+        insert_quantized(module, quantized_layers(module, schemes, found, steps.advance))
     info = {
         "layers_quantized": len(schemes),
         "layers_total": job.layers_total,
-        "sqnr_db": _oracle_db(wrapper, calls) if schemes else EXACT_DB,
+        "sqnr_db": _oracle_db(wrapper, calls, steps) if schemes else EXACT_DB,
         "unseen_sqnr_db": {
-            name: _oracle_db(wrapper, {name: call}) if schemes else EXACT_DB
+            name: _oracle_db(wrapper, {name: call}, steps) if schemes else EXACT_DB
             for name, call in unseen.items()
         },
     }
@@ -72,9 +83,10 @@ def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, 
     return found
 
 
-def _oracle_db(wrapper: nn.Module, calls: Mapping[str, Call]) -> float:
+def _oracle_db(wrapper: nn.Module, calls: Mapping[str, Call], steps: Steps) -> float:
     return sqnr_db(
-        (call.outputs[0], run_module(wrapper, call).outputs[0]) for call in calls.values()
+        (call.outputs[0], run_module(wrapper, call).outputs[0])
+        for call in steps.counting(calls.values())
     )
 
 

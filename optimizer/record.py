@@ -6,7 +6,7 @@ are encoded first, then denoised, then decoded, and the pictures encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,13 @@ from transformers import CLIPTokenizer
 from optimizer.calls import Call, save_calls
 from optimizer.load import load_module
 from optimizer.plan import Plan
+from optimizer.progress import Progress
 from optimizer.quantize.apply import quantizable_layers
 from optimizer.quantize.observe import LayerStatistics, observing
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.modules import WRAPPERS
 
 __all__ = ["load_statistics", "record", "record_statistics"]
-
-Progress = Callable[[float, float], None]
-"""(done, total), called as work proceeds."""
 
 
 def record(plan: Plan, out: Path, progress: Progress) -> None:
@@ -55,9 +53,10 @@ def record_statistics(plan: Plan, recorded: Path, out: Path, progress: Progress)
     """Write statistics.safetensors: of every layer's inputs over all calibration runs."""
     embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
     done, total = 0, len(plan.calibration.prompts)
+    factors = plan.family.component("unet").factors
     with (
         _denoiser(plan) as pipeline,
-        observing(pipeline.unet, quantizable_layers(pipeline.unet)) as statistics,
+        observing(pipeline.unet, quantizable_layers(pipeline.unet), factors) as statistics,
     ):
         for prompt in plan.calibration.prompts:
             _denoise(plan, pipeline, embeddings, prompt)

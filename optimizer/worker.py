@@ -14,17 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from optimizer.progress import Progress
 from profiles import errors
 from profiles.errors import BuildError, KilnError, OutOfMemory
 
 __all__ = ["run_stage"]
 
-Progress = Callable[[float, float], None]
 _KILLED = (-9, 137)
 
 

@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
+from runners.outputs import require_writable
 from runners.signature import Dim
+
+if TYPE_CHECKING:
+    from runners.manifest import Manifest
 
 __all__ = ["Request", "generate", "pictures"]
 
@@ -126,9 +130,9 @@ def pictures(pipeline: Any, request: Request, *, on_step: Any = None) -> Iterato
         from runners.schedulers import with_scheduler
 
         with_scheduler(pipeline, request.scheduler)
-    sides = (request.width, request.height, manifest.native_size)
-    width = next(side for side in sides if side is not None)
-    height = request.height if request.height is not None else width
+    native = sides_of(manifest).nearest(manifest.native_size)
+    width = native if request.width is None else request.width
+    height = width if request.height is None else request.height
     check_size(manifest, width, height)
     check_batch(manifest, request.batch)
     seed = request.seed if request.seed >= 0 else secrets.randbelow(2**32)
@@ -180,10 +184,15 @@ def _draw(
     return images
 
 
-def check_size(manifest: Any, width: int, height: int) -> None:
-    """Raise SpecError, with the nearest legal size, unless the engines were compiled for it."""
+def sides_of(manifest: Manifest) -> Dim:
+    """The sides in pixels that the bundle's engines were compiled for."""
     low, high = manifest.recipe["size_min"], manifest.recipe["size_max"]
-    side = Dim(name="side", min=low, opt=low, max=high, multiple_of=manifest.size_step)
+    return Dim(name="side", min=low, opt=low, max=high, multiple_of=manifest.size_step)
+
+
+def check_size(manifest: Manifest, width: int, height: int) -> None:
+    """Raise SpecError, with the nearest legal size, unless the engines were compiled for it."""
+    side = sides_of(manifest)
     if side.legal(width) and side.legal(height):
         return
     raise SpecError(
@@ -192,7 +201,7 @@ def check_size(manifest: Any, width: int, height: int) -> None:
     )
 
 
-def check_batch(manifest: Any, batch: int) -> None:
+def check_batch(manifest: Manifest, batch: int) -> None:
     """Raise SpecError unless the engines were compiled for so many pictures at once."""
     most = manifest.recipe["batch"]
     if batch > most:
@@ -235,15 +244,7 @@ def _names(out: Path, count: int) -> list[Path]:
         raise SpecError(f"-o {out} should end in .png, the only format that is written.")
     if out.is_dir():
         raise SpecError(f"-o {out} is a folder: give a file name in it, such as {out / 'a.png'}.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SpecError(
-            f"-o {out} can't be written ({error.strerror}): give a folder that you can write."
-        ) from error
+    require_writable(out)
     if count == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{i:04}{out.suffix}") for i in range(1, count + 1)]

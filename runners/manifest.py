@@ -117,8 +117,8 @@ class Manifest(BaseModel):
     key: str
     """Digest of everything that the bundle was made from."""
     model: ModelEntry
-    native_size: int
-    size_step: int
+    native_size: int = Field(ge=1)
+    size_step: int = Field(ge=1)
     defaults: dict[str, int | float]
     """steps and guidance that the model's own files name; absent ones are the pipeline's."""
     recipe: dict[str, Any]
@@ -134,6 +134,16 @@ class Manifest(BaseModel):
         used = (name for entry in self.components for name in (*entry.files.values(), entry.config))
         if absent := sorted(set(used) - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
+        return self
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        roles = [str(entry.role) for entry in self.components]
+        if roles.count("denoiser") != 1 or len(set(roles)) != len(roles):
+            raise ValueError("one component a role, and one denoiser, are needed")
+        for name in ("size_min", "size_max", "batch"):
+            if type(self.recipe.get(name)) is not int or self.recipe[name] < 1:
+                raise ValueError(f"the recipe's {name} must be a whole number above 0")
         return self
 
     def component(self, role: str) -> ComponentEntry:

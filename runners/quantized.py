@@ -86,13 +86,15 @@ class QuantizedLayer(nn.Module):
 
     `codes`: int8 [out, in, ...]; `scale`: [out] or [out, in/group, ...]; `activation_scale`: 0-d,
     present where the input is quantized, and `activation_zero_point`: 0-d uint8, where it is not
-    int8 around zero; `bias`: [out] or None.
+    int8 around zero; `output_scale`: 0-d, where the output is rounded to int8; `bias`: [out] or
+    None.
     """
 
     codes: Tensor
     scale: Tensor
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
+    output_scale: Tensor | None
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("scale", tensors["scale"])
         self.register_buffer("activation_scale", tensors.get("activation_scale"))
         self.register_buffer("activation_zero_point", tensors.get("activation_zero_point"))
+        self.register_buffer("output_scale", tensors.get("output_scale"))
         bias = tensors.get("bias")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -131,8 +134,13 @@ class QuantizedLayer(nn.Module):
         elif self.activation_scale is not None:
             x = torch.ops.kiln.quantize_dequantize(x, self.activation_scale)
         if self.convolution is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.conv2d(x, self.weight, self.bias, **self.convolution)
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, **self.convolution)
+        if self.output_scale is None:
+            return y
+        rounded: Tensor = torch.ops.kiln.quantize_dequantize(y, self.output_scale)
+        return rounded
 
 
 def convolution_of(layer: nn.Module) -> dict[str, Any] | None:

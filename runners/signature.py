@@ -34,6 +34,8 @@ class Dim(BaseModel):
     def _ordered(self) -> Self:
         if not 1 <= self.min <= self.opt <= self.max:
             raise ValueError(f"dim {self.name}: needs 1 <= min <= opt <= max")
+        if self.multiple_of < 1 or self.max // self.multiple_of * self.multiple_of < self.min:
+            raise ValueError(f"dim {self.name}: no value from min to max is legal")
         return self
 
     def legal(self, value: int) -> bool:

@@ -39,52 +39,72 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     `timestep`: [batch]; `encoder_hidden_states`: [batch, tokens, width]. The denoiser's batch is
     doubled, because classifier-free guidance runs both halves at once.
     """
-    text, unet, vae = configs["text_encoder"], configs["unet"], configs["vae"]
-    factor, step = vae_factor(configs), size_step(configs)
-    tokens, width = int(text["max_position_embeddings"]), int(text["hidden_size"])
-    latents = int(vae["latent_channels"])
-
-    def sides(unit: int) -> tuple[Dim, Dim]:
-        low, opt, high = (n // unit for n in (ranges.size_min, ranges.size_opt, ranges.size_max))
-        return (
-            Dim(name="height", min=low, opt=opt, max=high, multiple_of=step // unit),
-            Dim(name="width", min=low, opt=opt, max=high, multiple_of=step // unit),
-        )
-
-    batch = Dim(name="batch", min=1, opt=1, max=ranges.batch_max)
-    guided = Dim(name="batch", min=1, opt=2, max=2 * ranges.batch_max)
-    latent = (batch, *sides(factor))
     return {
-        "text_encoder": Signature(
-            inputs=(TensorSpec(name="input_ids", dtype="int64", axes=("batch", tokens)),),
-            outputs=(
-                _float("last_hidden_state", "batch", tokens, width),
-                _float("pooler_output", "batch", width),
-            ),
-            dims=(batch,),
-        ),
-        "unet": Signature(
-            inputs=(
-                _float("sample", "batch", int(unet["in_channels"]), "height", "width"),
-                _float("timestep", "batch"),
-                _float("encoder_hidden_states", "batch", tokens, int(unet["cross_attention_dim"])),
-            ),
-            outputs=(_float("out_sample", "batch", int(unet["out_channels"]), "height", "width"),),
-            dims=(guided, *sides(factor)),
-        ),
-        "vae_decoder": Signature(
-            inputs=(_float("latent", "batch", latents, "height", "width"),),
-            outputs=(
-                _float("image", "batch", int(vae["out_channels"]), "out_height", "out_width"),
-            ),
-            dims=latent,
-        ),
-        "vae_encoder": Signature(
-            inputs=(_float("image", "batch", int(vae["in_channels"]), "height", "width"),),
-            outputs=(_float("moments", "batch", 2 * latents, "out_height", "out_width"),),
-            dims=(batch, *sides(1)),
-        ),
+        "text_encoder": _text_encoder(configs["text_encoder"], ranges),
+        "unet": _unet(configs, ranges),
+        "vae_decoder": _vae_decoder(configs, ranges),
+        "vae_encoder": _vae_encoder(configs, ranges),
     }
+
+
+def _text_encoder(config: Mapping[str, Any], ranges: Ranges) -> Signature:
+    tokens, width = int(config["max_position_embeddings"]), int(config["hidden_size"])
+    return Signature(
+        inputs=(TensorSpec(name="input_ids", dtype="int64", axes=("batch", tokens)),),
+        outputs=(
+            _float("last_hidden_state", "batch", tokens, width),
+            _float("pooler_output", "batch", width),
+        ),
+        dims=(_batch(ranges),),
+    )
+
+
+def _unet(configs: Configs, ranges: Ranges) -> Signature:
+    unet, tokens = configs["unet"], int(configs["text_encoder"]["max_position_embeddings"])
+    guided = Dim(name="batch", min=1, opt=2, max=2 * ranges.batch_max)
+    return Signature(
+        inputs=(
+            _float("sample", "batch", int(unet["in_channels"]), "height", "width"),
+            _float("timestep", "batch"),
+            _float("encoder_hidden_states", "batch", tokens, int(unet["cross_attention_dim"])),
+        ),
+        outputs=(_float("out_sample", "batch", int(unet["out_channels"]), "height", "width"),),
+        dims=(guided, *_sides(configs, ranges, vae_factor(configs))),
+    )
+
+
+def _vae_decoder(configs: Configs, ranges: Ranges) -> Signature:
+    vae = configs["vae"]
+    channels, latents = int(vae["out_channels"]), int(vae["latent_channels"])
+    return Signature(
+        inputs=(_float("latent", "batch", latents, "height", "width"),),
+        outputs=(_float("image", "batch", channels, "out_height", "out_width"),),
+        dims=(_batch(ranges), *_sides(configs, ranges, vae_factor(configs))),
+    )
+
+
+def _vae_encoder(configs: Configs, ranges: Ranges) -> Signature:
+    vae = configs["vae"]
+    channels, latents = int(vae["in_channels"]), int(vae["latent_channels"])
+    return Signature(
+        inputs=(_float("image", "batch", channels, "height", "width"),),
+        outputs=(_float("moments", "batch", 2 * latents, "out_height", "out_width"),),
+        dims=(_batch(ranges), *_sides(configs, ranges, 1)),
+    )
+
+
+def _batch(ranges: Ranges) -> Dim:
+    return Dim(name="batch", min=1, opt=1, max=ranges.batch_max)
+
+
+def _sides(configs: Configs, ranges: Ranges, unit: int) -> tuple[Dim, Dim]:
+    """Height and width in units of so many pixels."""
+    low, opt, high = (n // unit for n in (ranges.size_min, ranges.size_opt, ranges.size_max))
+    step = size_step(configs) // unit
+    return (
+        Dim(name="height", min=low, opt=opt, max=high, multiple_of=step),
+        Dim(name="width", min=low, opt=opt, max=high, multiple_of=step),
+    )
 
 
 def _float(name: str, *axes: int | str) -> TensorSpec:
@@ -115,6 +135,7 @@ SD1 = Family(
                 "*.time_emb_proj",
                 "*.conv_shortcut",
             ),
+            factors=("*.attn1.to_q", "*.attn1.to_k"),
         ),
         ComponentSpec("vae_decoder", "vae_decoder", "vae", ("decoder.", "post_quant_conv.")),
         ComponentSpec("vae_encoder", "vae_encoder", "vae", ("encoder.", "quant_conv.")),

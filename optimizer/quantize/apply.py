@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from optimizer.quantize.observe import LayerStatistics, best_range
+from optimizer.quantize.observe import LayerStatistics, best_range, output_of
 from optimizer.quantize.policy import Policy, Scheme
 from optimizer.quantize.solvers import quantize_channels, quantize_groups
 from runners.quantized import Quantization, QuantizedLayer, convolution_of
@@ -34,10 +34,13 @@ def planned_layers(root: nn.Module, policy: Policy) -> dict[str, Scheme]:
 
 
 def quantized_layer(
-    name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme, statistics: LayerStatistics | None
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    scheme: Scheme,
+    found: Mapping[str, LayerStatistics],
 ) -> QuantizedLayer:
     """The quantized form of one layer, whose weights are finite (`load_module` sees to that)."""
-    weight = layer.weight.detach()
+    weight, statistics = layer.weight.detach(), found.get(name)
     power = statistics.channel_power if statistics is not None else None
     if scheme.bits == 4:
         codes, scale = quantize_groups(weight, scheme.group, power)
@@ -45,12 +48,13 @@ def quantized_layer(
         codes, scale = quantize_channels(weight, power)
     tensors: dict[str, Tensor] = {"codes": codes, "scale": scale}
     if scheme.activation != "none":
-        if statistics is None:
-            raise ValueError(f"{name} has no calibration statistics")
-        grid = best_range(statistics, affine=scheme.activation == "affine")
+        grid = best_range(_observed(found, name), affine=scheme.activation == "affine")
         tensors["activation_scale"] = torch.tensor(grid.scale)
         if grid.zero_point is not None:
             tensors["activation_zero_point"] = torch.tensor(grid.zero_point, dtype=torch.uint8)
+    if scheme.output != "none":
+        grid = best_range(_observed(found, output_of(name)), affine=False)
+        tensors["output_scale"] = torch.tensor(grid.scale)
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float()
     quantization = Quantization(
@@ -59,12 +63,22 @@ def quantized_layer(
     return QuantizedLayer(quantization, tensors, convolution_of(layer))
 
 
+def _observed(found: Mapping[str, LayerStatistics], name: str) -> LayerStatistics:
+    if name not in found:
+        raise ValueError(f"{name} has no calibration statistics")
+    return found[name]
+
+
 def quantized_layers(
-    root: nn.Module, schemes: Mapping[str, Scheme], statistics: Mapping[str, LayerStatistics]
+    root: nn.Module,
+    schemes: Mapping[str, Scheme],
+    statistics: Mapping[str, LayerStatistics],
+    on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, QuantizedLayer]:
-    """The quantized form of every planned layer."""
+    """The quantized form of every planned layer; `on_layer` is called after each."""
     layers = quantizable_layers(root)
-    return {
-        name: quantized_layer(name, layers[name], scheme, statistics.get(name))
-        for name, scheme in schemes.items()
-    }
+    found = {}
+    for name, scheme in schemes.items():
+        found[name] = quantized_layer(name, layers[name], scheme, statistics)
+        on_layer()
+    return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from fnmatch import fnmatchcase
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationRange", "LayerStatistics", "best_range", "observing"]
+__all__ = ["ActivationRange", "LayerStatistics", "best_range", "observing", "output_of"]
 
 _BINS = 2048
 
@@ -131,26 +132,46 @@ def _losses(
     return (histogram * (inside + below.square() + above.square())).sum(1)
 
 
+def output_of(layer: str) -> str:
+    """What the statistics of a layer's output are called."""
+    return f"{layer}.output"
+
+
 @contextmanager
-def observing(root: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, LayerStatistics]]:
-    """Collect the statistics of the named layers' inputs while the context is open."""
-    found = {name: LayerStatistics() for name in layers}
+def observing(
+    root: nn.Module, layers: Iterable[str], outputs: Iterable[str] = ()
+) -> Iterator[dict[str, LayerStatistics]]:
+    """Collect statistics of the named `layers`' inputs while the context is open.
+
+    The layers that a pattern of `outputs` (fnmatch) matches have those of their outputs collected
+    too, under `output_of(layer)`.
+    """
+    found: dict[str, LayerStatistics] = {}
     handles = []
-    for name, statistics in found.items():
+    for name in layers:
         layer = root.get_submodule(name)
         axis = 1 if isinstance(layer, nn.Conv2d) else -1
-
-        def hook(
-            _module: nn.Module,
-            inputs: tuple[Tensor, ...],
-            statistics: LayerStatistics = statistics,
-            axis: int = axis,
-        ) -> None:
-            statistics.add(inputs[0], axis)
-
-        handles.append(layer.register_forward_pre_hook(hook))
+        found[name] = LayerStatistics()
+        handles.append(layer.register_forward_pre_hook(_input_hook(found[name], axis)))
+        if any(fnmatchcase(name, pattern) for pattern in outputs):
+            found[output_of(name)] = LayerStatistics()
+            handles.append(layer.register_forward_hook(_output_hook(found[output_of(name)], axis)))
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _input_hook(statistics: LayerStatistics, axis: int) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        statistics.add(inputs[0], axis)
+
+    return hook
+
+
+def _output_hook(statistics: LayerStatistics, axis: int) -> Any:
+    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        statistics.add(output, axis)
+
+    return hook

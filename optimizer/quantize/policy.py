@@ -27,6 +27,9 @@ class Scheme(BaseModel):
     activation: Literal["none", "static", "affine"] = "none"
     """`static`: the layer's input is rounded to int8 with one calibrated scale; `affine`: to uint8
     with a zero point where that loses less."""
+    output: Literal["none", "static"] = "none"
+    """`static`: the layer's output is rounded to int8 with one calibrated scale, so that the matrix
+    product that it is a factor of can run in 8 bits."""
 
 
 KEEP = Scheme(bits=16)
@@ -62,7 +65,7 @@ class Policy(BaseModel):
             return found
         if found.group > 32 and in_features % 32 == 0:
             return found.model_copy(update={"group": 32})
-        return Scheme(bits=8, activation=found.activation)
+        return found.model_copy(update={"bits": 8, "group": 0})
 
     @property
     def calibrates(self) -> bool:
@@ -89,6 +92,8 @@ def default_policy(quant: str, component: ComponentSpec) -> Policy:
 
     The denoiser holds most weights and takes most time, so it gets the level's scheme; its fragile
     layers get 8-bit weights without rounded inputs, and its first and last convolutions are kept.
+    Where inputs are rounded, so are the queries and keys of attention: their product takes most of
+    a large picture's time.
     Text encoder and VAE run once a picture and are kept at the compute dtype.
     """
     if quant not in LEVELS:
@@ -98,10 +103,13 @@ def default_policy(quant: str, component: ComponentSpec) -> Policy:
         return Policy()
     ends = tuple(name for name in component.fragile if "*" not in name)
     embeddings = tuple(name for name in component.fragile if "*" in name)
+    factors = component.factors if scheme.activation != "none" else ()
+    factor = scheme.model_copy(update={"output": "static"})
     return Policy(
         rules=(
             *(Rule(pattern=name, scheme=KEEP) for name in ends),
             *(Rule(pattern=name, scheme=W8) for name in embeddings),
+            *(Rule(pattern=name, scheme=factor) for name in factors),
             Rule(pattern="*", scheme=scheme),
         )
     )

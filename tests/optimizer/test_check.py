@@ -55,8 +55,10 @@ def stages(bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Sta
 def test_an_engine_that_is_right_is_kept(stages: Stages, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     out.mkdir()
-    build_and_check(*stages, out)
+    seen: list[tuple[float, float]] = []
+    build_and_check(*stages, out, lambda done, total: seen.append((done, total)))
     assert (out / "built.json").is_file()
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_an_engine_whose_numbers_differ_is_refused(
     out = tmp_path / "engine"
     out.mkdir()
     with pytest.raises(ParityError) as caught:
-        build_and_check(*stages, out)
+        build_and_check(*stages, out, lambda done, total: None)  # noqa: ARG005
     sentence = str(caught.value)
     reached = "60.0" if spoiled == "shifted" else "-200.0"
     assert (

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizer.quantize.observe import ActivationRange, LayerStatistics, best_range, observing
+from optimizer.quantize.observe import (
+    ActivationRange,
+    LayerStatistics,
+    best_range,
+    observing,
+    output_of,
+)
 
 BINS = 2048
 
@@ -149,3 +155,13 @@ def test_observing_sees_what_each_layer_is_given_and_stops_afterwards() -> None:
     assert found["2"].count == 2 * 2 * 4
     torch.testing.assert_close(found["0"].channel_power, x.square().mean((0, 2, 3)))
     assert not model[0]._forward_pre_hooks
+
+
+def test_outputs_are_observed_where_a_pattern_asks() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    x = normal(5, 6)
+    with torch.no_grad(), observing(model, ["0", "1"], ["1", "other.*"]) as found:
+        y = model(x)
+    assert sorted(found) == ["0", "1", output_of("1")]
+    torch.testing.assert_close(found[output_of("1")].channel_power, y.square().mean(0))
+    assert not model[1]._forward_hooks

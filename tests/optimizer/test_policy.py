@@ -82,6 +82,17 @@ def test_a_denoisers_ends_are_kept_and_its_embeddings_get_8_bits(quant: str) -> 
     assert policy.scheme("mid_block.attentions.0.proj_in", 1280) == LEVELS[quant]
 
 
+def test_with_rounded_inputs_the_queries_and_keys_of_self_attention_are_rounded_too() -> None:
+    component = family("sd1").component("unet")
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    int8, int4 = (default_policy(quant, component) for quant in ("int8", "int4"))
+    for name in ("attn1.to_q", "attn1.to_k"):
+        assert int8.scheme(f"{block}.{name}", 1280).output == "static"
+        assert int4.scheme(f"{block}.{name}", 1280).output == "none"
+    for name in ("attn1.to_v", "attn2.to_q", "attn2.to_k"):
+        assert int8.scheme(f"{block}.{name}", 1280) == LEVELS["int8"]
+
+
 def test_an_unknown_level_names_the_known_ones() -> None:
     with pytest.raises(SpecError) as caught:
         default_policy("int3", family("sd1").component("unet"))

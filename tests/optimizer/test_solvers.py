@@ -155,7 +155,7 @@ def test_an_int8_layer_is_close_to_the_float_one(scheme: Scheme) -> None:
     statistics = calibrated(root)
     convolution = root.get_submodule("0")
     assert isinstance(convolution, nn.Conv2d)
-    layer = quantized_layer("0", convolution, scheme, statistics["0"])
+    layer = quantized_layer("0", convolution, scheme, statistics)
     assert isinstance(layer, QuantizedLayer)
     x = weight((2, 64, 9, 9), seed=7) * 20
     with torch.no_grad():
@@ -163,6 +163,22 @@ def test_an_int8_layer_is_close_to_the_float_one(scheme: Scheme) -> None:
     assert error <= 10**-3
 
 
+def test_an_outputs_scale_comes_of_the_layers_own_outputs() -> None:
+    root = nn.Sequential(nn.Linear(64, 8))
+    x = weight((50, 64)) * 20
+    with torch.no_grad(), observing(root, ["0"], ["0"]) as found:
+        y = root(x)
+    linear = root[0]
+    assert isinstance(linear, nn.Linear)
+    scheme = Scheme(bits=8, output="static")
+    layer = quantized_layer("0", linear, scheme, found)
+    assert layer.output_scale is not None
+    steps = y / layer.output_scale
+    assert 60 < float(steps.abs().max()) < 200
+    with torch.no_grad():
+        assert relative_error(layer(x), y) < 10**-3
+
+
 def test_a_static_scheme_without_calibration_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="no calibration statistics"):
-        quantized_layer("layer", nn.Linear(64, 4), W8A8, None)
+        quantized_layer("layer", nn.Linear(64, 4), W8A8, {})

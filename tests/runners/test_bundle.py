@@ -148,6 +148,9 @@ def test_a_missing_or_wrong_digest_of_the_manifest_is_found(
         ({"files": {"/etc/x": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
         ({"files": {"C:\\x": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
         ({"files": {"unet/nul": {"size": 0, "sha256": "0" * 64}}}, "not a plain relative path"),
+        ({"components": []}, "one denoiser"),
+        ({"recipe": {"size_min": 32, "batch": 1}}, "size_max must be a whole number"),
+        ({"size_step": 0}, "is wrong at size_step"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

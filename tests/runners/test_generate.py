@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from runners.bundle import digest_line
 from runners.metadata import parameters_text, read_metadata
 
 MakeBundle = Callable[..., Path]
@@ -86,6 +88,19 @@ def test_what_is_omitted_is_drawn_or_the_models_own(draw: Kiln, tmp_path: Path) 
     assert (facts["width"], facts["height"]) == (64, 64)
     assert facts["scheduler"] == "DDIMScheduler"
     assert facts["guidance"] == 7.5
+
+
+def test_where_the_native_size_was_not_compiled_the_nearest_is_drawn(
+    kiln: Kiln, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle("openvino"), tmp_path / "bundle"))
+    document = json.loads((copy / "manifest.json").read_bytes())
+    raw = json.dumps({**document, "native_size": 1001}).encode()
+    (copy / "manifest.json").write_bytes(raw)
+    (copy / "manifest.sha256").write_bytes(digest_line(raw))
+    out = tmp_path / "a.png"
+    assert kiln("generate", copy, "--prompt", "a red circle", *FAST, "-o", out).code == 0
+    assert read_metadata(out)["width"] == 128
 
 
 WRONG: dict[str, tuple[tuple[object, ...], str]] = {

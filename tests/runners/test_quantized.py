@@ -107,6 +107,15 @@ def test_a_zero_point_moves_the_grid() -> None:
     torch.testing.assert_close(rounded(x), float_layer(steps))
 
 
+def test_an_output_is_rounded_after_the_bias() -> None:
+    float_layer = layer((6, 64), bias=True)
+    rounded = quantized(float_layer, Quantization(8, 0, "none"))
+    rounded.output_scale = torch.tensor(0.25)
+    x = inputs((6, 64))
+    steps = torch.clamp(torch.round(float_layer(x) / 0.25), -128, 127) * 0.25
+    torch.testing.assert_close(rounded(x), steps)
+
+
 def test_halves_round_to_even_as_in_onnx() -> None:
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
     rounded = torch.ops.kiln.quantize_dequantize(x, torch.tensor(1.0))
@@ -167,6 +176,8 @@ def test_what_the_eager_engine_stores_comes_back_the_same(
     group = 32 if bits == 4 else 0
     rounded = quantized(layer((6, 96, 3, 3), bias=True), Quantization(bits, group, activation))
     rounded.scale = rounded.scale.half().float()
+    if activation == "static":
+        rounded.output_scale = torch.tensor(0.25)
     layers, state = eager_state(nn.ModuleDict({"convolution": rounded}))
     again = _layer("convolution", layers["convolution"], dict(state))
     x = inputs((6, 96, 3, 3))

@@ -48,6 +48,12 @@ def test_a_dim_out_of_order_is_refused(low: int, opt: int, high: int) -> None:
         Dim(name="side", min=low, opt=opt, max=high)
 
 
+@pytest.mark.parametrize(("low", "high", "step"), [(65, 71, 8), (1, 4, 0)])
+def test_a_dim_without_a_legal_value_is_refused(low: int, high: int, step: int) -> None:
+    with pytest.raises(ValidationError, match="no value from min to max is legal"):
+        Dim(name="side", min=low, opt=low, max=high, multiple_of=step)
+
+
 SIGNATURE = Signature(
     inputs=(
         TensorSpec(name="sample", dtype="float32", axes=("batch", 4, "height", "width")),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
+from benchmarks.gate import parse_limits
 from profiles.errors import SpecError
 from runners.console import Console
 
@@ -28,6 +30,8 @@ class Wish:
     guidance: float | None = None
     backend: str | None = None
     threads: int | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Measure -> the least that every level must reach."""
 
     def __post_init__(self) -> None:
         """Raise SpecError for what no model could be asked for."""
@@ -54,7 +58,10 @@ class Wish:
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the report."
 )
 @click.option(
-    "--levels", default="none,int8,int4", show_default=True, help="Quantizations, comma-separated."
+    "--levels",
+    default="none,int8,int4",
+    show_default=True,
+    help="Values of --quant, also auto:0.2x, auto:30db, int4:hqq.",
 )
 @click.option("--revision", help="Revision of a hub model.")
 @click.option(
@@ -68,6 +75,11 @@ class Wish:
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the model's]")
 @click.option("--backend", help="Backend of every level.  [default: by the machine]")
 @click.option("--threads", type=int, help="Threads of every process.  [default: all cores]")
+@click.option(
+    "--fail-under",
+    metavar="MEASURE=LIMIT,...",
+    help="Exit 16 where a level is below: psnr, ssim, sqnr (dB), adherence (0..1).",
+)
 @click.option("--json", "json_output", is_flag=True, help="One JSON line on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 def compare(
@@ -83,6 +95,7 @@ def compare(
     guidance: float | None,
     backend: str | None,
     threads: int | None,
+    fail_under: str | None,
     json_output: bool,
     verbose: bool,
 ) -> None:
@@ -104,6 +117,7 @@ def compare(
         guidance=guidance,
         backend=backend,
         threads=threads,
+        limits={} if fail_under is None else parse_limits(fail_under),
     )
     from benchmarks.comparing import carry_out
 

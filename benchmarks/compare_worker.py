@@ -8,6 +8,7 @@ denoiser calls pass through files. Whatever a library prints goes to stderr.
     {"op": "image", "prompt", "seed", "steps", "guidance", "path"}    -> seconds
     {"op": "record", "prompt", "seed", "steps", "guidance", "folder"} -> calls
     {"op": "replay", "folder"}                                        -> signal, noise, per call
+    {"op": "trajectory", "prompt", "seed", "steps", "guidance", "path"} -> steps
     {"op": "peak"}                                                    -> peak_rss_bytes
 """
 
@@ -48,6 +49,7 @@ class Session:
             "image": self._image,
             "record": self._record,
             "replay": self._replay,
+            "trajectory": self._trajectory,
             "peak": self._peak,
         }
         return operations[request["op"]](request)
@@ -112,10 +114,25 @@ class Session:
             sums["noise"].append(float(error.square().sum()))
         return {**sums}
 
+    def _trajectory(self, request: Request) -> Reply:
+        """Save the latents after every step of one freely running picture: [steps, values]."""
+        import torch
+        from safetensors.torch import save_file
+
+        found: list[Any] = []
+
+        def keep(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            found.append(values["latents"].detach().float().flatten().clone())
+            return values
+
+        self._run(request, callback_on_step_end=keep)
+        save_file({"latents": torch.stack(found)}, request["path"])
+        return {"steps": len(found)}
+
     def _peak(self, _request: Request) -> Reply:
         return {"peak_rss_bytes": peak_rss_bytes()}
 
-    def _run(self, request: Request) -> Any:
+    def _run(self, request: Request, **options: Any) -> Any:
         import torch
 
         result = self._pipe(
@@ -123,6 +140,7 @@ class Session:
             num_inference_steps=request["steps"],
             guidance_scale=request["guidance"],
             generator=torch.Generator("cpu").manual_seed(request["seed"]),
+            **options,
         )
         return result.images[0]
 

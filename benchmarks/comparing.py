@@ -18,6 +18,7 @@ from benchmarks.compare import Wish
 from benchmarks.comparison import Comparison
 from benchmarks.conditions import activity, conditions
 from benchmarks.contestants import Contestant
+from benchmarks.gate import check_limits
 from benchmarks.measure import Request, measure
 from benchmarks.prompts import choose_prompts
 from benchmarks.tally import About, Judge, tally
@@ -61,6 +62,7 @@ def carry_out(wish: Wish, console: Console) -> None:
     )
     if not comparison.complete:
         raise KeyboardInterrupt
+    check_limits(comparison, wish.limits)
 
 
 def compare_contestants(

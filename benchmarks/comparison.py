@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Activity", "Comparison", "Conditions", "Picture", "Row", "Settings", "Shot"]
+__all__ = [
+    "Activity",
+    "Comparison",
+    "Conditions",
+    "NoiseFloor",
+    "Picture",
+    "Row",
+    "Settings",
+    "Shot",
+]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -112,11 +121,34 @@ class Row(_Noun):
     flip: Finite | None
     sqnr_db: Finite | None
     sqnr_db_per_step: tuple[Finite, ...] = ()
+    latent_cosine_per_step: tuple[Finite, ...] = ()
+    """Cosine of the latents to the reference's after each step, both running freely; the mean over
+    `Settings.sqnr_prompts` pictures."""
+    texture: Finite | None = None
+    """Power of the pictures' upper frequencies over that of the reference's: 1 keeps all texture,
+    less has lost some, more has added noise."""
+    banding: Finite | None = None
+    """How unlike the reference's the slopes of smooth areas are, in 255ths a pixel."""
+    intervals: dict[str, tuple[Finite, Finite]] = {}
+    """Measure (psnr_db, ssim, flip, adherence) -> 95 % bootstrap interval of its mean over the
+    pictures."""
     adherence: Finite | None = None
     """0..1, mean over the attributes, of all pictures made."""
     adherence_attributes: dict[str, Finite] = {}
     worst: int | None = None
     """Index in `pictures` of the picture farthest from the reference, by PSNR."""
+
+
+class NoiseFloor(_Noun):
+    """What computing in another type loses by itself: a level below this has lost nothing more."""
+
+    level: str
+    dtype: str
+    psnr_db: Finite
+    ssim: Finite | None
+    flip: Finite | None
+    sqnr_db: Finite | None
+    adherence: Finite | None
 
 
 class Comparison(_Noun):
@@ -131,6 +163,8 @@ class Comparison(_Noun):
     conditions: Conditions
     levels: tuple[Row, ...]
     """The reference first, then the levels as asked for."""
+    noise_floor: NoiseFloor | None = None
+    """The unquantized level, where it computes in another type than the reference's fp32."""
     pictures: tuple[Picture, ...]
     notes: tuple[str, ...] = ()
     """What a reader must know: what couldn't be measured and why."""

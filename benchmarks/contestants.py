@@ -45,11 +45,18 @@ class Contestant:
     """4 x the denoiser's parameters."""
     digest: str | None = None
     """The bundle's."""
+    quant: str | None = None
+    """The denoiser's, of a bundle."""
 
     @property
     def slug(self) -> str:
         """The name as a folder name that is legal everywhere."""
-        return "".join(c if c.isalnum() or c in "-_." else "-" for c in self.name)
+        return slug(self.name)
+
+
+def slug(name: str) -> str:
+    """A level's name as a folder name that is legal everywhere."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
 class Asked(Protocol):

@@ -76,7 +76,7 @@ def make_ours(model: Path, quant: str, out: Path) -> None:
     with observing(unet, quantizable_layers(unet), spec.factors) as found:
         for call in _part(calls, held_out=False):
             run_module(wrapper, call)
-    insert_quantized(unet, quantized_layers(unet, schemes, found))
+    insert_quantized(unet, quantized_layers(unet, schemes, found, "mse"))
     seconds = time.monotonic() - start
     oracle = sqnr_db((c.outputs[0], run_module(wrapper, c).outputs[0]) for c in _held_out(calls))
     _export(wrapper, calls, out)

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 from benchmarks.compare import Wish
-from benchmarks.contestants import REFERENCE, Contestant
+from benchmarks.contestants import REFERENCE, Contestant, slug
 from optimizer.families import family
-from optimizer.quantize.policy import policy_names
+from optimizer.quantize.policy import AUTO, policy_names
 from optimizer.recipe import Recipe, checked
 from optimizer.source import ModelSource
 from profiles.errors import SpecError
@@ -20,22 +20,41 @@ __all__ = ["bundle_contestant", "contestants", "level_recipes", "plain_contestan
 
 
 def level_recipes(wish: Wish) -> dict[str, Recipe]:
-    """The recipe of each level asked for; SpecError for a level or backend that isn't known."""
-    known = policy_names()
-    unknown = [level for level in wish.levels if level not in known]
-    if unknown:
-        raise SpecError(f"--levels names {unknown[0]!r}; the levels are {', '.join(known)}")
-    return {
-        level: checked(
-            {
-                "model": wish.model,
-                "revision": wish.revision,
-                "quant": level,
-                "backend": wish.backend,
-            }
-        )
-        for level in wish.levels
+    """The recipe of each level asked for; SpecError for a level or backend that isn't known.
+
+    A level is a value of --quant; with a colon comes the goal of auto (auto:0.2x, auto:30db) or the
+    solver of another one (int4:hqq). The unquantized level is always among them: it is the noise
+    floor that the others are judged by.
+    """
+    recipes = {level: _recipe(wish, level) for level in wish.levels}
+    if any(recipe.quant == "none" for recipe in recipes.values()):
+        return recipes
+    return {"none": _recipe(wish, "none"), **recipes}
+
+
+def _recipe(wish: Wish, level: str) -> Recipe:
+    name, _, detail = level.partition(":")
+    if name not in policy_names():
+        raise SpecError(f"--levels names {name!r}; the levels are {', '.join(policy_names())}")
+    fields: dict[str, object] = {
+        "model": wish.model,
+        "revision": wish.revision,
+        "quant": name,
+        "backend": wish.backend,
     }
+    if detail:
+        fields |= _goal(level, detail) if name == AUTO else {"solver": detail}
+    return checked(fields)
+
+
+def _goal(level: str, detail: str) -> dict[str, object]:
+    decibels = detail.lower().removesuffix("db")
+    if decibels == detail.lower():
+        return {"budget": detail}
+    try:
+        return {"min_quality": float(decibels)}
+    except ValueError as error:
+        raise SpecError(f"--levels names {level!r}: write it as auto:0.2x or auto:30db") from error
 
 
 def contestants(wish: Wish, source: ModelSource, console: Console) -> list[Contestant]:
@@ -45,7 +64,8 @@ def contestants(wish: Wish, source: ModelSource, console: Console) -> list[Conte
     entrants = [plain_contestant(source)]
     for level, recipe in level_recipes(wish).items():
         # `force`: the folder is ours, and what lies there may be of another model or version
-        result = compile_bundle(recipe, wish.out / "bundles" / level, console=console, force=True)
+        folder = wish.out / "bundles" / slug(level)
+        result = compile_bundle(recipe, folder, console=console, force=True)
         entrants.append(bundle_contestant(level, result.bundle, result.manifest))
     return entrants
 
@@ -80,4 +100,5 @@ def bundle_contestant(level: str, bundle: Path, manifest: Manifest) -> Contestan
         denoiser_bytes=denoiser.engine_bytes,
         denoiser_fp32_bytes=denoiser.fp32_bytes,
         digest=(bundle / DIGEST_NAME).read_text("ascii").split(" ")[0],
+        quant=denoiser.quant,
     )

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file
+
 from benchmarks.comparison import Settings
 from benchmarks.contestants import Asked, Contestant, Worker
 from benchmarks.metrics import StepSqnr
@@ -70,6 +73,8 @@ class Measured:
     peaks: dict[str, int | None] = field(default_factory=dict)
     sqnr: dict[str, StepSqnr] = field(default_factory=dict)
     """By contestant, the reference aside."""
+    cosines: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By contestant, a list a picture: cosine of the latents to the reference's after each step."""
     complete: bool = False
 
 
@@ -188,11 +193,16 @@ def _make_pictures(
 
 
 def _force(workers: Sequence[Asked], measured: Measured, scratch: Path, console: Console) -> None:
-    """Teacher forcing: the reference's recorded denoiser inputs, replayed by all others."""
+    """Teacher forcing: the reference's recorded denoiser inputs, replayed by all others.
+
+    Then the same pictures once more, everybody running freely, for their latents.
+    """
     settings = measured.settings
     reference, *others = workers
     chosen = list(tasks(settings.prompts, settings.seeds))[:: settings.seeds]
-    with console.stage("teacher-forced SQNR", settings.sqnr_prompts * len(workers)) as stage:
+    with console.stage(
+        "teacher-forced SQNR and latents", settings.sqnr_prompts * len(workers)
+    ) as stage:
         for task in chosen[: settings.sqnr_prompts]:
             with tempfile.TemporaryDirectory(dir=scratch) as parent:
                 folder = Path(parent, "calls")
@@ -200,6 +210,7 @@ def _force(workers: Sequence[Asked], measured: Measured, scratch: Path, console:
                 reference.ask({**request, "op": "record", "folder": str(folder)})
                 stage.advance()
                 _replay(others, measured.sqnr, folder, stage)
+                _run_freely(workers, measured, request, Path(parent))
 
 
 def _replay(others: Sequence[Asked], sqnr: dict[str, StepSqnr], folder: Path, stage: Stage) -> None:
@@ -209,6 +220,23 @@ def _replay(others: Sequence[Asked], sqnr: dict[str, StepSqnr], folder: Path, st
         for step, (signal, noise) in enumerate(zip(answer["signal"], answer["noise"], strict=True)):
             sums.add(step, signal=signal, noise=noise)
         stage.advance()
+
+
+def _run_freely(
+    workers: Sequence[Asked], measured: Measured, request: dict[str, Any], folder: Path
+) -> None:
+    """Latents of one picture by everybody, compared with the reference's step by step."""
+    wanted: Any = None
+    for number, worker in enumerate(workers):
+        path = folder / f"{number}.safetensors"
+        worker.ask({**request, "op": "trajectory", "path": str(path)})
+        latents = load_file(path)["latents"].astype(np.float64)
+        if wanted is None:
+            wanted = latents
+            continue
+        size = np.linalg.norm(latents, axis=1) * np.linalg.norm(wanted, axis=1)
+        cosine = (latents * wanted).sum(axis=1) / np.maximum(size, 1e-30)
+        measured.cosines.setdefault(worker.name, []).append(np.nan_to_num(cosine).tolist())
 
 
 def _picture_request(task: Task, settings: Settings, path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.comparison import Comparison, Row
 
-__all__ = ["AXIS_TOP_DB", "Line", "Mark", "Plot", "speed_plot", "step_plot"]
+__all__ = ["AXIS_TOP_DB", "Line", "Mark", "Plot", "cosine_plot", "speed_plot", "step_plot"]
 
 AXIS_TOP_DB = 60.0
 """About where fp32 rounding alone begins to be measured; no picture shows a difference there."""
@@ -146,6 +146,47 @@ def step_plot(comparison: Comparison) -> Plot | None:
         y_title="SQNR, dB",
         lines=lines,
     )
+
+
+def cosine_plot(comparison: Comparison) -> Plot | None:
+    """How far freely running latents have come apart, 1 - cosine as a power of ten, by step."""
+    rows = _levels(comparison)
+    known = [value for row in rows for value in row.latent_cosine_per_step]
+    if not known:
+        return None
+    steps = max(len(row.latent_cosine_per_step) for row in rows)
+    x = _Axis(1, max(2, steps), _LEFT + 8, WIDTH - _RIGHT - 8)
+    apart = [_apart(value) for value in known]
+    y = _Axis(
+        math.floor(min(apart)),
+        max(math.ceil(max(apart)), math.floor(min(apart)) + 1),
+        HEIGHT - _BOTTOM,
+        _TOP,
+    )
+    lines = tuple(
+        Line(
+            tuple((x(k + 1), y(_apart(v))) for k, v in enumerate(row.latent_cosine_per_step)),
+            i,
+            row.name,
+        )
+        for i, row in enumerate(rows)
+    )
+    return Plot(
+        left=_LEFT,
+        right=WIDTH - _RIGHT,
+        top=_TOP,
+        bottom=HEIGHT - _BOTTOM,
+        x_ticks=x.ticks(8, least=1.0),
+        y_ticks=y.ticks(5, least=1.0),
+        x_title="denoising step",
+        y_title="log10",
+        lines=lines,
+    )
+
+
+def _apart(cosine: float) -> float:
+    """log10 of 1 - cosine, down to where fp32 can't tell directions apart."""
+    return math.log10(max(1 - cosine, 1e-8))
 
 
 def _levels(comparison: Comparison) -> list[Row]:

@@ -53,6 +53,7 @@ def render(comparison: Comparison, folder: Path) -> str:
         groups=gallery(comparison, folder),
         speed=plots.speed_plot(comparison),
         steps=plots.step_plot(comparison),
+        cosines=plots.cosine_plot(comparison),
         metrics=metrics,
         exact_db=EXACT_DB,
         axis_top=plots.AXIS_TOP_DB,

@@ -10,11 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from benchmarks.comparison import Comparison, Conditions, Picture, Row, Shot
+from benchmarks.comparison import Comparison, Conditions, NoiseFloor, Picture, Row, Shot
 from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured, Taken
 from benchmarks.metrics import Picture as Pixels
-from benchmarks.metrics import PictureDistance, StepSqnr, picture_distance
+from benchmarks.metrics import (
+    PictureDistance,
+    StepSqnr,
+    bootstrap_interval,
+    picture_distance,
+)
 from optimizer.numerics import EXACT_DB
 from profiles.errors import SpecError
 
@@ -84,6 +89,7 @@ def tally(
         settings=measured.settings,
         conditions=about.conditions,
         levels=rows,
+        noise_floor=_noise_floor(rows, contestants),
         pictures=_pictures(measured, distances, judgements, about.folder),
         notes=(*about.notes, *_notes(measured, rows, about.conditions), *judge_notes),
     )
@@ -159,11 +165,61 @@ def _row(
         flip=_mean([distance.flip for distance in distances]),
         sqnr_db=pooled,
         sqnr_db_per_step=steps,
+        latent_cosine_per_step=_cosines(measured.cosines.get(name, [])),
+        texture=_texture(distances),
+        banding=_mean_known([distance.slope_error for distance in distances]),
+        intervals=_intervals(distances, judgement),
         adherence=None if judgement is None else float(judgement.mean),
         adherence_attributes={}
         if judgement is None
         else {key: float(value) for key, value in judgement.attributes.items()},
         worst=None if reference else int(np.argmin(psnr)),
+    )
+
+
+def _cosines(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The mean over runs, step by step."""
+    return tuple(float(value) for value in np.mean(runs, axis=0)) if runs else ()
+
+
+def _texture(distances: Sequence[PictureDistance]) -> float | None:
+    """Pooled over the pictures: plain ones have next to no texture of their own."""
+    own, wanted = (sum(d.high_band[i] for d in distances) for i in (0, 1))
+    return own / wanted if wanted > 0 else None
+
+
+def _intervals(
+    distances: Sequence[PictureDistance], judgement: Judgement | None
+) -> dict[str, tuple[float, float]]:
+    values: dict[str, Sequence[float | None]] = {
+        "psnr_db": [distance.psnr_db for distance in distances],
+        "ssim": [distance.ssim for distance in distances],
+        "flip": [distance.flip for distance in distances],
+        "adherence": [] if judgement is None else list(judgement.per_image),
+    }
+    found = {}
+    for name, measures in values.items():
+        known = [value for value in measures if value is not None]
+        interval = bootstrap_interval(known) if len(known) == len(measures) else None
+        if interval is not None:
+            found[name] = interval
+    return found
+
+
+def _noise_floor(rows: Sequence[Row], contestants: Sequence[Contestant]) -> NoiseFloor | None:
+    """The unquantized level, unless it computes in fp32 as the reference does."""
+    plain = {c.name for c in contestants if c.quant == "none" and c.dtype != "fp32"}
+    row = next((row for row in rows if row.name in plain), None)
+    if row is None:
+        return None
+    return NoiseFloor(
+        level=row.name,
+        dtype=row.dtype,
+        psnr_db=row.psnr_db,
+        ssim=row.ssim,
+        flip=row.flip,
+        sqnr_db=row.sqnr_db,
+        adherence=row.adherence,
     )
 
 
@@ -219,6 +275,11 @@ def _notes(measured: Measured, rows: Sequence[Row], conditions: Conditions) -> l
 def _quartiles(values: Any) -> tuple[float, float]:
     low, high = np.quantile(values, [0.25, 0.75])
     return float(low), float(high)
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

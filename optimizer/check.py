@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 
-from optimizer.backends import builder
+from optimizer.backends import backend, builder
 from optimizer.calls import Call, load_calls
 from optimizer.numerics import sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
-from profiles.errors import ParityError
+from profiles.errors import BuildError, ParityError
 from runners.engines import engine_class
 from runners.engines.base import Engine
 
@@ -66,6 +66,7 @@ def build_and_check(
         found = {name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())}
         total = engine_db(engine, steps.counting(calls.values()))
         low_bit = builder(job.backend).low_bit_layers(engine)
+    _require_low_bits(job, low_bit)
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
     _require(job, "the recorded runs", total, oracle["sqnr_db"])
@@ -80,6 +81,16 @@ def build_and_check(
         "load_seconds": round(load_seconds, 3),
     }
     (out / "built.json").write_text(json.dumps(document), "utf-8")
+
+
+def _require_low_bits(job: Job, found: int | None) -> None:
+    """Raise BuildError where fewer layers run in 8 bits or less than the policy means to."""
+    planned = sum(scheme.format in backend(job.backend).computes for scheme in job.layers.values())
+    if found is not None and found < planned:
+        raise BuildError(
+            f"{planned} layers of {job.spec.name} should run in low bits on {job.backend}, and "
+            f"only {found} do: report the model, or compile with --quant none."
+        )
 
 
 def engine_db(engine: Engine, calls: Iterable[Call]) -> float:

@@ -1,4 +1,4 @@
-"""`kiln compile`: its options, and what it prints."""
+"""`kiln compile` and `kiln analyze`: their options, and what they print."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import click
 
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
+from runners.outputs import require_writable
 
 if TYPE_CHECKING:
     from optimizer.recipe import Recipe
 
-__all__ = ["compile_command"]
+__all__ = ["analyze_command", "compile_command"]
 
 
 @click.command("compile")
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
-@click.option("--quant", help="none, int8 or int4 [default: the profile's]")
+@click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
+@click.option("--solver", help="rtn, mse, hqq or gptq [default: what suits the level]")
+@click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
+@click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")
+@click.option(
+    "--sensitivity", type=click.Path(path_type=Path), help="With auto: a file of `kiln analyze`."
+)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text file, a prompt a line.")
 @click.option("--dtype", help="auto, fp32, bf16 or fp16: of what isn't quantized [default: auto]")
 @click.option("--backend", help="openvino, onnxruntime or eager [default: the profile's]")
 @click.option("--profile", help="Kind of machine to build for [default: this one's]")
@@ -38,6 +46,8 @@ def compile_command(
     out: Path | None,
     size_range: str | None,
     size: str | None,
+    sensitivity: Path | None,
+    calibration: Path | None,
     recipe_file: Path | None,
     force: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
@@ -45,6 +55,9 @@ def compile_command(
     verbose: bool,  # noqa: FBT001
     revision: str | None,
     quant: str | None,
+    solver: str | None,
+    budget: str | None,
+    min_quality: float | None,
     dtype: str | None,
     backend: str | None,
     profile: str | None,
@@ -61,6 +74,10 @@ def compile_command(
         "model": model,
         "revision": revision,
         "quant": quant,
+        "solver": solver,
+        "budget": budget,
+        "min_quality": min_quality,
+        "calibration": _prompts(calibration),
         "dtype": dtype,
         "backend": backend,
         "profile": profile,
@@ -70,13 +87,84 @@ def compile_command(
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)
     if dry_run:
-        plan, _ = plan_recipe(recipe)
+        plan, _ = plan_recipe(recipe, sensitivity)
         console.result(describe.plan_text(plan), describe.plan_document(plan))
         return
     if out is None:
         raise SpecError("Say where the bundle goes with -o FOLDER.")
-    result = compile_bundle(recipe, out, console=console, force=force)
+    result = compile_bundle(recipe, out, console=console, force=force, sensitivity=sensitivity)
     console.result(describe.result_text(result), describe.result_document(result))
+
+
+@click.command("analyze")
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="JSON file.")
+@click.option("--revision", help="Commit, tag or branch of a hub model.")
+@click.option("--solver", help="rtn, mse, hqq or gptq [default: gptq]")
+@click.option("--backend", help="openvino, onnxruntime or eager [default: the profile's]")
+@click.option("--steps", type=int, help="Of the denoising runs.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text file, a prompt a line.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the tools print.")
+def analyze_command(
+    model: str,
+    out: Path,
+    revision: str | None,
+    solver: str | None,
+    backend: str | None,
+    steps: int | None,
+    calibration: Path | None,
+    as_json: bool,  # noqa: FBT001
+    verbose: bool,  # noqa: FBT001
+) -> None:
+    """Measure what each layer of MODEL loses under each scheme; killed, it goes on where it was."""
+    quiet_libraries()
+    from optimizer import describe
+    from optimizer.compile import analyze_model
+    from optimizer.deciding import pareto_front
+    from optimizer.quantize.sensitivity import load_sensitivity
+    from optimizer.recipe import checked
+
+    console = Console(json_output=as_json, verbose=verbose)
+    if out.is_dir():
+        raise SpecError(f"-o {out} is a folder: give a file name, such as {out / 'a.json'}.")
+    require_writable(out)
+    given = {
+        "model": model,
+        "revision": revision,
+        "quant": "auto",
+        "budget": "1x",
+        "solver": solver,
+        "backend": backend,
+        "steps": steps,
+        "calibration": _prompts(calibration),
+    }
+    recipe = checked({k: v for k, v in given.items() if v is not None})
+    plan, measured = analyze_model(recipe, console=console)
+    found = load_sensitivity(measured)
+    points = pareto_front(plan, found)
+    out.write_bytes(measured.read_bytes())
+    console.result(
+        describe.analysis_text(found, points, out), describe.analysis_document(found, points, out)
+    )
+
+
+def _prompts(file: Path | None) -> list[str] | None:
+    """The lines of a prompt file; SpecError where it can't be read or holds none."""
+    if file is None:
+        return None
+    try:
+        text = file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it isn't UTF-8" if isinstance(error, ValueError) else error.strerror
+        raise SpecError(
+            f"--calibration {file} can't be read ({reason}): give a UTF-8 text file, a prompt a "
+            "line."
+        ) from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise SpecError(f"--calibration {file} holds no prompts: write one a line.")
+    return list(dict.fromkeys(prompts))
 
 
 def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:

@@ -14,9 +14,12 @@ from typing import Any
 
 from optimizer import bundling
 from optimizer.backends import backend
+from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
 from optimizer.known_models import remember
 from optimizer.plan import Job, Plan, make_plan
+from optimizer.quantize.sensitivity import SENSITIVITY_NAME, load_sensitivity
+from optimizer.quantize.solvers import SOLVERS
 from optimizer.recipe import Recipe
 from optimizer.source import resolve
 from optimizer.store import Store
@@ -29,7 +32,7 @@ from profiles.hardware import Hardware
 from runners.console import Console
 from runners.manifest import Manifest
 
-__all__ = ["CompileResult", "compile_bundle", "plan_recipe"]
+__all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,27 @@ class CompileResult:
     """The bundle was there already, made from the very same things."""
 
 
-def plan_recipe(recipe: Recipe) -> tuple[Plan, Hardware]:
-    """Everything decided and checked, from configs alone; nothing is built."""
+def plan_recipe(recipe: Recipe, sensitivity: Path | None = None) -> tuple[Plan, Hardware]:
+    """Everything decided and checked, from configs alone; nothing is built.
+
+    With a file of `kiln analyze`, the policy of `--quant auto` is decided too.
+    """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile) if recipe.profile else profiles.match(hardware)
     source = resolve(recipe.model, revision=recipe.revision)
-    return make_plan(recipe, source, profile=profile, hardware=hardware), hardware
+    plan = make_plan(recipe, source, profile=profile, hardware=hardware)
+    if sensitivity is not None:
+        plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
+    return plan, hardware
 
 
 def compile_bundle(
-    recipe: Recipe, out: Path, *, console: Console, force: bool = False
+    recipe: Recipe,
+    out: Path,
+    *,
+    console: Console,
+    force: bool = False,
+    sensitivity: Path | None = None,
 ) -> CompileResult:
     """Make the bundle that `recipe` asks for at `out`.
 
@@ -60,33 +74,59 @@ def compile_bundle(
     `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
     """
     start = time.monotonic()
-    plan, hardware = plan_recipe(recipe)
+    plan, hardware = plan_recipe(recipe, sensitivity)
     require_libraries(job.backend for job in plan.jobs)
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
-    if (there := bundling.same_bundle(out, stages.bundle_key, force=force)) is not None:
+    key = stages.bundle_key
+    if (there := bundling.same_bundle(out, key, force=force)) is not None:
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)
 
     recorded = stages.record()
-    statistics = stages.statistics(recorded)
+    observed = stages.observe(recorded)
+    if plan.undecided:
+        measured = stages.sensitivity(recorded, observed) / SENSITIVITY_NAME
+        choice = decided(plan, load_sensitivity(measured))
+        console.info(f"Policy: {choice.solved.describe()}")
+        plan = choice.plan
+        stages = stages.of(plan)
     engines = {}
     for job in plan.jobs:
-        prepared = stages.prepare(job, recorded, statistics)
+        prepared = stages.prepare(job, recorded, observed)
         engines[job.spec.name] = stages.engine(job, prepared, recorded)
     speed = stages.speed(recorded, engines)
 
-    made = bundling.Made(stages.bundle_key, engines, speed, hardware)
+    made = bundling.Made(key, engines, speed, hardware)
     manifest = bundling.assemble(plan, made, out)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
+
+
+def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
+    """Measure the sensitivities that `recipe` (quant auto) needs: the plan, and where they lie."""
+    plan, hardware = plan_recipe(recipe)
+    require_libraries(())
+    remember(plan.source)
+    stages = _Stages(plan, hardware, console)
+    recorded = stages.record()
+    measured = stages.sensitivity(recorded, stages.observe(recorded))
+    return plan, measured / SENSITIVITY_NAME
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Entries about the calibration runs; None where nothing needs them."""
+
+    statistics: Path | None
+    covariances: Path | None
 
 
 class _Stages:
     """The stages of one plan: a key, a title and a worker function each."""
 
     def __init__(self, plan: Plan, hardware: Hardware, console: Console) -> None:
-        self._plan, self._console = plan, console
+        self._plan, self._hardware, self._console = plan, hardware, console
         self.store = Store()
         self._machine = hardware.cpu.model_dump(mode="json")
         self._runs = {
@@ -109,19 +149,52 @@ class _Stages:
         key = {**self._runs, "what": "held-out"}
         return self._run("record", "Record fp32 runs", key, "optimizer.record:record", ())
 
-    def statistics(self, recorded: Path) -> Path | None:
-        """Activation ranges over the calibration runs; None where no policy quantizes."""
-        if not any(job.layers for job in self._plan.jobs):
-            return None
-        key = {**self._runs, "what": "statistics"}
-        return self._run(
-            "statistics", "Calibrate", key, "optimizer.record:record_statistics", (recorded,)
+    def of(self, plan: Plan) -> _Stages:
+        """The stages of another plan of the same model on the same machine."""
+        return _Stages(plan, self._hardware, self._console)
+
+    def observe(self, recorded: Path) -> Observed:
+        """What policies and solvers need to know of the calibration runs."""
+        jobs = [job for job in self._plan.jobs if job.layers]
+        needs = {SOLVERS[job.policy.solver].needs for job in jobs}
+        if not any(job.policy.calibrates for job in jobs) and needs <= {"nothing"}:
+            return Observed(None, None)
+        return Observed(
+            self._observation("statistics", "Calibrate", recorded),
+            self._observation("covariances", "Collect covariances", recorded)
+            if "covariance" in needs
+            else None,
         )
 
-    def prepare(self, job: Job, recorded: Path, statistics: Path | None) -> Path:
+    def _observation(self, kind: str, title: str, recorded: Path) -> Path:
+        key = {**self._runs, "what": kind}
+        with self.store.partial(key) as partial:
+            target = f"optimizer.record:record_{kind}"
+            return self._run(kind, title, key, target, (recorded, partial))
+
+    def sensitivity(self, recorded: Path, observed: Observed) -> Path:
+        """What each layer loses under each scheme."""
+        job = self._plan.denoiser
+        key = {
+            **self._runs,
+            "what": "sensitivity",
+            "solver": job.policy.solver,
+            "candidates": [scheme.model_dump(mode="json") for scheme in job.candidates],
+        }
+        with self.store.partial(key) as partial:
+            return self._run(
+                "sensitivity",
+                "Measure sensitivities",
+                key,
+                "optimizer.quantize.measuring:measure",
+                (job, recorded, observed.statistics, observed.covariances, partial),
+            )
+
+    def prepare(self, job: Job, recorded: Path, observed: Observed) -> Path:
         """One component quantized and exported."""
         title = f"Quantize and export {job.spec.name}" if job.layers else f"Export {job.spec.name}"
-        arguments = (job, recorded, statistics if job.layers else None)
+        given = (observed.statistics, observed.covariances) if job.layers else (None, None)
+        arguments = (job, recorded, *given)
         key = self._prepare_key(job)
         return self._run("prepared", title, key, "optimizer.prepare:prepare", arguments)
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from optimizer.calls import unseen_sizes
 from optimizer.compile import CompileResult
 from optimizer.numerics import EXACT_DB
 from optimizer.plan import Job, Plan
+from optimizer.quantize.budget import Solved
+from optimizer.quantize.sensitivity import Sensitivity, sqnr_of
 from runners.manifest import Manifest
 
-__all__ = ["plan_document", "plan_text", "result_document", "result_text"]
+__all__ = [
+    "analysis_document",
+    "analysis_text",
+    "plan_document",
+    "plan_text",
+    "result_document",
+    "result_text",
+]
+
+_WORST = 8
 
 _RESULT_FIELDS = {
     "name",
@@ -72,6 +86,7 @@ def plan_text(plan: Plan) -> str:
             f"{job.spec.name:<14}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
+    lines.append(_policy_line(plan))
     total = sum(job.predicted_bytes for job in jobs)
     fp32 = sum(4 * job.parameters for job in jobs)
     runs = plan.calibration
@@ -81,6 +96,35 @@ def plan_text(plan: Plan) -> str:
         f"runs: {len(runs.prompts)} to calibrate, {len(runs.held_out)} held out to check, "
         f"{runs.steps} steps each",
     ]
+    return "\n".join(lines)
+
+
+def analysis_document(found: Sensitivity, points: Sequence[Solved], out: Path) -> dict[str, Any]:
+    """What was measured, for --json."""
+    return {
+        "sensitivity": str(out),
+        "layers": len(found.layers),
+        "calls": found.calls,
+        "front": [
+            {
+                "bytes": point.bytes,
+                "bytes_vs_fp32": round(point.ratio, 4),
+                "predicted_sqnr_db": round(point.db, 2),
+                "schemes": point.counts,
+            }
+            for point in points
+        ],
+    }
+
+
+def analysis_text(found: Sensitivity, points: Sequence[Solved], out: Path) -> str:
+    """The layers that lose most, and the front."""
+    lines = [f"{'layer that loses most':<62}{'scheme':>12}{'alone':>10}"]
+    for name, loss in found.most_sensitive(_WORST):
+        lines.append(f"{name:<62}{loss.scheme.label:>12}{sqnr_of(loss.noise):>7.1f} dB")
+    lines.append("best policies:")
+    lines += [f"  {point.describe()}" for point in points]
+    lines.append(f"{out}: use it with `kiln compile MODEL --quant auto --sensitivity {out}`")
     return "\n".join(lines)
 
 
@@ -119,6 +163,17 @@ def _quality(manifest: Manifest) -> str:
         exact = entry.sqnr_db == EXACT_DB
         parts.append("equal to fp32" if exact else f"{entry.sqnr_db:.1f} dB SQNR to fp32")
     return ", ".join(parts)
+
+
+def _policy_line(plan: Plan) -> str:
+    job = plan.denoiser
+    if plan.undecided:
+        goal = plan.recipe.budget or f"{plan.recipe.min_quality:g} dB"
+        return f"policy of {job.spec.name}: solved for after measuring, within {goal}"
+    counts = Counter(scheme.label for scheme in job.layers.values())
+    counts["kept"] = job.layers_total - len(job.layers)
+    layers = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+    return f"policy of {job.spec.name}: {layers}; solver {job.policy.solver}"
 
 
 def _checks(plan: Plan, job: Job) -> list[str]:

@@ -30,6 +30,7 @@ OPSET = 23
 """Has fused Attention, GroupNormalization and RMSNormalization: 30-40 % fewer nodes (FACTS.md)."""
 
 _INT8 = ir.DataType.INT8.value
+_FP8 = ir.DataType.FLOAT8E4M3FN.value
 
 
 def _channel(codes, scale):  # type: ignore[no-untyped-def]
@@ -40,8 +41,17 @@ def _group(codes, scale, group: int):  # type: ignore[no-untyped-def]
     return opset23.DequantizeLinear(codes, scale, axis=1, block_size=group)
 
 
+def _group_affine(codes, scale, zero, group: int):  # type: ignore[no-untyped-def]
+    return opset23.DequantizeLinear(codes, scale, zero, axis=1, block_size=group)
+
+
 def _activation(x, scale):  # type: ignore[no-untyped-def]
     codes = opset23.QuantizeLinear(x, scale, output_dtype=_INT8)
+    return opset23.DequantizeLinear(codes, scale)
+
+
+def _fp8(x, scale):  # type: ignore[no-untyped-def]
+    codes = opset23.QuantizeLinear(x, scale, output_dtype=_FP8)
     return opset23.DequantizeLinear(codes, scale)
 
 
@@ -77,8 +87,10 @@ def export_onnx(
                 custom_translation_table={
                     ops.dequantize_channel.default: _channel,
                     ops.dequantize_group.default: _group,
+                    ops.dequantize_group_affine.default: _group_affine,
                     ops.quantize_dequantize.default: _activation,
                     ops.quantize_dequantize_affine.default: _affine,
+                    ops.quantize_dequantize_fp8.default: _fp8,
                 },
             )
     except torch.onnx.errors.OnnxExporterError as error:

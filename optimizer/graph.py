@@ -42,19 +42,25 @@ def _share_small_initializers(graph: ir.Graph) -> None:
                 del graph.initializers[value.name or ""]
 
 
+_PACKED = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}
+
+
 def _pack_int4(graph: ir.Graph) -> None:
-    """Give the codes of block-wise DequantizeLinear nodes the type INT4, two a byte."""
+    """Give codes and zero points of block-wise DequantizeLinear nodes 4-bit types, two a byte."""
     for node in graph:
         if node.op_type != "DequantizeLinear" or not node.attributes.get_int("block_size", 0):
             continue
-        codes = node.inputs[0]
-        if codes is None or codes.const_value is None or codes.dtype == ir.DataType.INT4:
-            continue
-        array = codes.const_value.numpy()
-        codes.const_value = ir.PackedTensor(
-            _nibbles(array), ir.DataType.INT4, shape=ir.Shape(array.shape), name=codes.name
-        )
-        codes.dtype = ir.DataType.INT4
+        for value in (node.inputs[0], *node.inputs[2:]):
+            if value is None or value.const_value is None:
+                continue
+            packed = _PACKED.get(value.const_value.dtype)
+            if packed is None:  # shared with a node that was here before
+                continue
+            array = value.const_value.numpy()
+            value.const_value = ir.PackedTensor(
+                _nibbles(array), packed, shape=ir.Shape(array.shape), name=value.name
+            )
+            value.dtype = packed
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

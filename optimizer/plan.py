@@ -8,24 +8,44 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from optimizer.backends import BACKENDS
 from optimizer.backends import backend as backend_named
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
-from optimizer.quantize.policy import Policy, Scheme, default_policy
-from optimizer.recipe import Recipe
+from optimizer.quantize.budget import require_reachable
+from optimizer.quantize.policy import AUTO, Policy, default_policy
+from optimizer.quantize.schemes import KEEP, W4A16, W8A8, Scheme, Shape
+from optimizer.recipe import Recipe, parse_budget
 from optimizer.source import ModelSource
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from runners.signature import Signature
 
-__all__ = ["Calibration", "Job", "Plan", "make_plan"]
+__all__ = [
+    "GRAPH_BYTES",
+    "LARGE",
+    "Calibration",
+    "Job",
+    "Plan",
+    "layer_shapes",
+    "make_plan",
+    "predicted_bytes",
+    "with_policy",
+]
 
-_LARGE = 50_000_000
+GRAPH_BYTES = 500
+"""Of graph, small constants and padding for each parameter (seen: 0.2 MB for 440)."""
+
+_GPTQ = ("int4", "int4-dyn", AUTO)
+"""Levels whose codes GPTQ finds where no solver is named; the others gain nothing from it."""
+
+LARGE = 50_000_000
 """Denoisers of more parameters are calibrated on few prompts: a step takes seconds, not ms."""
 
 
@@ -37,9 +57,21 @@ class Calibration:
     """Runs that activation ranges come from."""
     held_out: tuple[str, ...]
     """Runs that SQNR is measured on; never calibrated with."""
+    trial: tuple[str, ...]
+    """Runs that sensitivities are measured on; others, because codes fit the runs that they were
+    found with better than new ones (by 6 dB on the reference model, with GPTQ)."""
+    covariance_prompts: tuple[str, ...]
+    """Runs that GPTQ's covariances come from: `prompts` and more (24 runs instead of 8 were worth
+    3 dB on the reference model, at equal bytes)."""
     steps: int
     guidance: float
     seed: int
+    """Of the first of all prompts; each has its own noise."""
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        """Every prompt, once, the held-out ones first."""
+        return tuple(dict.fromkeys((*self.held_out, *self.covariance_prompts, *self.trial)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,21 @@ class Job:
     layers_total: int
     parameters: int
     predicted_bytes: int
-    """Of the engine's weights, from the policy and the parameters' shapes."""
+    """Of the engine's files, from the policy and the parameters' shapes."""
+    fixed_bytes: int
+    """The part of it that isn't a layer's weight."""
+    least_bytes: int
+    """What `--quant auto` could shrink it to."""
+
+    @property
+    def candidates(self) -> tuple[Scheme, ...]:
+        """The schemes that `--quant auto` tries every layer with, beside keeping it."""
+        return _candidates(self.parameters, self.backend)
+
+    @property
+    def float_bytes(self) -> int:
+        """Of a stored number that isn't quantized."""
+        return 4 if self.dtype == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +120,16 @@ class Plan:
     native_size: int
     size_step: int
     defaults: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the denoiser's policy is still to be solved for."""
+        return self.recipe.quant == AUTO and self.recipe.policy is None
+
+    @property
+    def denoiser(self) -> Job:
+        """The job of the component in this role."""
+        return next(job for job in self.jobs if job.spec.role == "denoiser")
 
     @property
     def predicted_memory_bytes(self) -> int:
@@ -108,6 +164,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     resolved = recipe.model_copy(
         update={
             "quant": quant,
+            "solver": recipe.solver or ("gptq" if quant in _GPTQ else "mse"),
             "dtype": dtype,
             "backend": backend,
             "profile": profile.name,
@@ -119,14 +176,23 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         }
     )
     signatures = known.signatures(configs, ranges)
-    jobs = tuple(
-        _job(spec, source, signatures[spec.name], (backend, quant, dtype))
-        for spec in known.components
-    )
+    jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
     size = max(job.parameters for job in jobs)
-    calibration = _calibration(source.folder, size, (steps, guidance, recipe.seed))
-    return Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
+    calibration = _calibration(resolved, source.folder, size, guidance)
+    plan = Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
+    if plan.undecided and resolved.budget is not None:
+        job = plan.denoiser
+        wanted = parse_budget(resolved.budget, 4 * job.parameters)
+        require_reachable(wanted, job.least_bytes, 4 * job.parameters)
+    return plan
+
+
+def with_policy(plan: Plan, policy: Policy) -> Plan:
+    """The plan with the denoiser's policy decided."""
+    recipe = plan.recipe.model_copy(update={"policy": policy})
+    jobs = tuple(_job(job.spec, plan.source, job.signature, recipe) for job in plan.jobs)
+    return replace(plan, recipe=recipe, jobs=jobs)
 
 
 def _dtype(recipe: Recipe, backend: str, profile: Profile, hardware: Hardware) -> str:
@@ -162,11 +228,9 @@ def _ranges(recipe: Recipe, native: int, step: int) -> Ranges:
     return Ranges(low, min(max(native, low), high), high, recipe.batch)
 
 
-def _job(
-    spec: ComponentSpec, source: ModelSource, signature: Signature, how: tuple[str, str, str]
-) -> Job:
-    backend, quant, dtype = how
-    policy = default_policy(quant, spec)
+def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:
+    """The job of one component, by a recipe with every None decided."""
+    assert recipe.backend is not None
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in source.parameters(spec.folder).items()
@@ -174,24 +238,70 @@ def _job(
     }
     if not shapes:
         raise SpecError(f"{source.folder / spec.folder} has no weights for {spec.name}.")
-    layers = _layers(shapes)
-    planned = {name: policy.scheme(name, shape[1]) for name, shape in layers.items()}
+    layers = layer_shapes(shapes)
+    policy = _policy(spec, recipe)
+    planned = {name: policy.scheme(name, shape) for name, shape in layers.items()}
     low_bit = {name: scheme for name, scheme in planned.items() if scheme.bits < 16}
+    _require_formats(low_bit.values(), recipe)
+    float_bytes = 4 if recipe.dtype == "fp32" else 2
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    fixed = predicted_bytes(shapes, {}, float_bytes) - float_bytes * sum(
+        math.prod(shape) for shape in layers.values()
+    )
+    tried = (*_candidates(parameters, recipe.backend), KEEP)
     return Job(
         spec=spec,
-        backend=backend,
-        quant=quant if low_bit else "none",
-        dtype=dtype,
+        backend=recipe.backend,
+        quant=str(recipe.quant) if low_bit else "none",
+        dtype=recipe.dtype,
         policy=policy,
         signature=signature,
         layers=low_bit,
         layers_total=len(layers),
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
-        predicted_bytes=_predicted_bytes(shapes, low_bit, 4 if dtype == "fp32" else 2),
+        parameters=parameters,
+        predicted_bytes=predicted_bytes(shapes, low_bit, float_bytes),
+        fixed_bytes=fixed,
+        least_bytes=fixed
+        + sum(
+            min(scheme.fitted(shape).stored_bytes(shape, float_bytes) for scheme in tried)
+            for shape in layers.values()
+        ),
     )
 
 
-def _layers(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _candidates(parameters: int, backend: str) -> tuple[Scheme, ...]:
+    """8 bits with rounded inputs, which is fast, and 4 bits in groups of two sizes.
+
+    A large model is tried with one size, to halve the time.
+    """
+    small = () if parameters > LARGE else (W4A16(group=32),)
+    tried: tuple[Scheme, ...] = (W8A8(), W4A16(), *small)
+    return tuple(s for s in tried if s.format in backend_named(backend).formats)
+
+
+def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
+    """The component's policy; where it is still to be solved for, that of int8 stands in."""
+    quant, solver = str(recipe.quant), str(recipe.solver)
+    if quant != AUTO:
+        return default_policy(quant, spec, solver)
+    if recipe.policy is not None and spec.role == "denoiser":
+        return recipe.policy
+    return default_policy("int8", spec, solver)
+
+
+def _require_formats(schemes: Iterable[Scheme], recipe: Recipe) -> None:
+    """Raise UnsupportedError where the backend can't read what the policy asks for."""
+    backend = backend_named(str(recipe.backend))
+    wanted = {scheme.format for scheme in schemes}
+    if unread := sorted(wanted - backend.formats):
+        able = [other.name for other in BACKENDS.values() if wanted <= other.formats]
+        raise UnsupportedError(
+            f"--quant {recipe.quant} can't be used with the backend {backend.name}, which doesn't "
+            f"read {unread[0]}: use --backend {' or '.join(able)}, or another --quant."
+        )
+
+
+def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The linears and 2-d convolutions among parameters: weights of 2 or 4 axes, no embeddings."""
     return {
         name.removesuffix(".weight"): shape
@@ -200,18 +310,17 @@ def _layers(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _predicted_bytes(
-    shapes: dict[str, tuple[int, ...]], low_bit: dict[str, Scheme], float_bytes: int
+def predicted_bytes(
+    shapes: Mapping[str, Shape], low_bit: Mapping[str, Scheme], float_bytes: int
 ) -> int:
-    total = 0
+    """Of an engine's files: weights by their schemes, and the graph."""
+    total = GRAPH_BYTES * len(shapes)
     for name, shape in shapes.items():
-        count = math.prod(shape)
         scheme = low_bit.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if scheme is None:
-            total += count * float_bytes
-            continue
-        scales = count // scheme.group if scheme.group else shape[0]
-        total += math.ceil(count * scheme.bits / 8) + scales * float_bytes
+            total += math.prod(shape) * float_bytes
+        else:
+            total += scheme.stored_bytes(shape, float_bytes)
     return total
 
 
@@ -224,14 +333,26 @@ def _defaults(folder: Path) -> dict[str, int | float]:
     return {key: document[key] for key in ("steps", "guidance") if key in document}
 
 
-def _calibration(folder: Path, parameters: int, how: tuple[int, float, int]) -> Calibration:
-    """Prompts of the model's own list where it has one, else kiln's neutral ones."""
+def _calibration(recipe: Recipe, folder: Path, parameters: int, guidance: float) -> Calibration:
+    """Prompts of the recipe, else of the model's own list where it has one, else kiln's."""
     own = folder / "prompts" / "calibration.txt"
     path = own if own.is_file() else Path(__file__).with_name("prompts.txt")
-    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    runs, held_out = (2, 1) if parameters > _LARGE else (8, 4)
-    steps, guidance, seed = how
-    if len(prompts) < runs + held_out:
-        raise SpecError(f"{path} holds {len(prompts)} prompts; {runs + held_out} are needed.")
-    chosen = prompts[: runs + held_out]
-    return Calibration(tuple(chosen[:runs]), tuple(chosen[runs:]), steps, guidance, seed)
+    lines = recipe.calibration or path.read_text("utf-8").splitlines()
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    runs, held_out, trial, more = (2, 1, 1, 0) if parameters > LARGE else (8, 4, 2, 16)
+    needed = runs + held_out + trial + more
+    if len(prompts) < needed:
+        where = "--calibration" if recipe.calibration else str(path)
+        raise SpecError(
+            f"{where} holds {len(prompts)} different prompts, and {needed} are needed: add some."
+        )
+    calibrating, rest = prompts[:runs], prompts[runs:needed]
+    return Calibration(
+        prompts=tuple(calibrating),
+        held_out=tuple(rest[:held_out]),
+        trial=tuple(rest[held_out : held_out + trial]),
+        covariance_prompts=(*calibrating, *rest[held_out + trial :]),
+        steps=recipe.steps or 20,
+        guidance=guidance,
+        seed=recipe.seed,
+    )

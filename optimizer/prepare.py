@@ -36,6 +36,7 @@ def prepare(
     job: Job,
     recorded: Path,
     statistics: Path | None,
+    covariances: Path | None,
     out: Path,
     progress: Progress,
 ) -> None:
@@ -54,8 +55,9 @@ def prepare(
     save_calls(unseen, out / "unseen.safetensors")
     steps.advance(len(unseen))
     if schemes:
-        found = load_statistics(statistics) if statistics is not None else {}
-        insert_quantized(module, quantized_layers(module, schemes, found, steps.advance))
+        found = load_statistics(statistics, covariances) if statistics is not None else {}
+        solver = job.policy.solver
+        insert_quantized(module, quantized_layers(module, schemes, found, solver, steps.advance))
     info = {
         "layers_quantized": len(schemes),
         "layers_total": job.layers_total,

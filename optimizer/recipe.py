@@ -8,11 +8,12 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from optimizer.quantize.policy import policy_names
+from optimizer.quantize.policy import AUTO, Policy, policy_names
+from optimizer.quantize.solvers import SOLVERS
 from profiles.errors import SpecError
 from runners.engines import ENGINES
 
-__all__ = ["DTYPES", "Recipe", "load_recipe"]
+__all__ = ["DTYPES", "Recipe", "checked", "load_recipe", "parse_budget"]
 
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 """The legal values of --dtype."""
@@ -29,6 +30,14 @@ class Recipe(BaseModel):
     digest: str | None = None
     """Of the model's files, where it is known: another model is then refused."""
     quant: str | None = None
+    solver: str | None = None
+    """How codes are found; by default what suits the level."""
+    budget: str | None = None
+    """With quant auto: the denoiser's bytes, as 0.25x of its fp32 bytes or as a number."""
+    min_quality: float | None = Field(default=None, ge=1, le=100)
+    """With quant auto: the least SQNR in dB, at the fewest bytes."""
+    policy: Policy | None = None
+    """With quant auto: the solved policy, where it is known already."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     backend: str | None = None
     profile: str | None = None
@@ -39,6 +48,8 @@ class Recipe(BaseModel):
     """The pictures at once that must work."""
     steps: int | None = Field(default=None, ge=1, le=1000)
     """Of calibration and measurement; by default what the model's kiln.json says, else 20."""
+    calibration: tuple[str, ...] | None = None
+    """Prompts; by default the model's own list where it has one, else kiln's neutral one."""
     seed: int = 0
     """Of calibration and measurement."""
 
@@ -47,6 +58,20 @@ class Recipe(BaseModel):
     def _known_quant(cls, value: str | None) -> str | None:
         if value is not None and value not in policy_names():
             raise ValueError(f"--quant {value} is not known: use one of {_list(policy_names())}")
+        return value
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solver(cls, value: str | None) -> str | None:
+        if value is not None and value not in SOLVERS:
+            raise ValueError(f"--solver {value} is not known: use one of {_list(SOLVERS)}")
+        return value
+
+    @field_validator("budget")
+    @classmethod
+    def _legal_budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_budget(value, 1)
         return value
 
     @field_validator("backend")
@@ -63,6 +88,30 @@ class Recipe(BaseModel):
                 f"--size-range {self.size_min}:{self.size_max} is backwards: the smaller side first"
             )
         return self
+
+    @model_validator(mode="after")
+    def _goal(self) -> Self:
+        goals = [name for name in ("budget", "min_quality") if getattr(self, name) is not None]
+        if self.quant != AUTO and (goals or self.policy is not None):
+            raise ValueError("--budget and --min-quality need --quant auto")
+        if self.quant == AUTO and len(goals) != 1:
+            raise ValueError(
+                "--quant auto needs a goal: add --budget 0.25x (of the denoiser's fp32 bytes) or "
+                "--min-quality 30 (dB), not both"
+            )
+        return self
+
+
+def parse_budget(text: str, fp32_bytes: int) -> int:
+    """A budget in bytes: "0.25x" of so many, or a number of bytes; ValueError for anything else."""
+    number, share = text.strip().lower(), text.strip().lower().endswith("x")
+    try:
+        value = float(number.removesuffix("x"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"--budget {text} is not possible: write it as 0.25x or in bytes")
+    return int(value * fp32_bytes if share else value)
 
 
 def _list(names: object) -> str:

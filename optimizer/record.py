@@ -6,14 +6,18 @@ are encoded first, then denoised, then decoded, and the pictures encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -22,11 +26,12 @@ from optimizer.load import load_module
 from optimizer.plan import Plan
 from optimizer.progress import Progress
 from optimizer.quantize.apply import quantizable_layers
+from optimizer.quantize.covariance import Covariance, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.modules import WRAPPERS
 
-__all__ = ["load_statistics", "record", "record_statistics"]
+__all__ = ["load_statistics", "record", "record_covariances", "record_statistics", "trial_calls"]
 
 
 def record(plan: Plan, out: Path, progress: Progress) -> None:
@@ -35,7 +40,7 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     Each holds calls of the component's wrapper, in fp32, on the held-out prompts;
     prompts.safetensors the embeddings of all prompts.
     """
-    prompts = (*plan.calibration.held_out, *plan.calibration.prompts)
+    prompts = plan.calibration.all_prompts
     total = len(plan.calibration.held_out) * plan.calibration.steps
     embeddings = _encode(plan, prompts, out)
     calls, latents = [], []
@@ -49,35 +54,135 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     _record_vae(plan, latents, out)
 
 
-def record_statistics(plan: Plan, recorded: Path, out: Path, progress: Progress) -> None:
-    """Write statistics.safetensors: of every layer's inputs over all calibration runs."""
-    embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
-    done, total = 0, len(plan.calibration.prompts)
+def record_statistics(
+    plan: Plan, recorded: Path, partial: Path, out: Path, progress: Progress
+) -> None:
+    """Write statistics.safetensors: of every layer's inputs over the calibration runs.
+
+    `partial` holds the runs so far, should this be killed.
+    """
     factors = plan.family.component("unet").factors
-    with (
-        _denoiser(plan) as pipeline,
-        observing(pipeline.unet, quantizable_layers(pipeline.unet), factors) as statistics,
-    ):
-        for prompt in plan.calibration.prompts:
-            _denoise(plan, pipeline, embeddings, prompt)
-            done += 1
-            progress(done, total)
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, found in statistics.items()
-        for part, tensor in found.state().items()
-    }
-    safetensors.torch.save_file(tensors, out / "statistics.safetensors")
+    with _denoiser(plan) as pipeline:
+        layers = quantizable_layers(pipeline.unet)
+        with observing(pipeline.unet, layers, factors) as statistics:
+            observed = _Observed(statistics, partial)
+            _run_all(plan, pipeline, recorded, plan.calibration.prompts, progress, observed)
+    safetensors.torch.save_file(observed.tensors(), out / "statistics.safetensors")
 
 
-def load_statistics(folder: Path) -> dict[str, LayerStatistics]:
-    """What `record_statistics` wrote, by layer."""
-    tensors = safetensors.torch.load_file(folder / "statistics.safetensors")
+def record_covariances(
+    plan: Plan, recorded: Path, partial: Path, out: Path, progress: Progress
+) -> None:
+    """Write covariances.safetensors: of every layer's inputs, over more runs than the ranges."""
+    with _denoiser(plan) as pipeline:
+        layers = quantizable_layers(pipeline.unet)
+        with observing_covariance(pipeline.unet, layers) as covariances:
+            observed = _Observed(covariances, partial)
+            prompts = plan.calibration.covariance_prompts
+            _run_all(plan, pipeline, recorded, prompts, progress, observed)
+    tensors = {name: found.mean for name, found in covariances.items()}
+    safetensors.torch.save_file(tensors, out / "covariances.safetensors")
+
+
+class _Observed:
+    """What hooks collect, kept in a file now and then, and read back by whoever goes on."""
+
+    def __init__(self, found: Mapping[str, LayerStatistics | Covariance], partial: Path) -> None:
+        self._found, self._partial = found, partial
+        self.runs = self._restore()
+        self._saved = time.monotonic()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{part}": tensor
+            for name, found in self._found.items()
+            for part, tensor in found.state().items()
+        }
+
+    def keep(self, runs: int) -> None:
+        """Say that so many runs are in; written at most every `_KEEP_SECONDS`."""
+        if time.monotonic() - self._saved < _KEEP_SECONDS:
+            return
+        fresh = self._partial.with_name(f"{self._partial.name}.new")
+        safetensors.torch.save_file(self.tensors(), fresh, metadata={"runs": str(runs)})
+        fresh.replace(self._partial)
+        self._saved = time.monotonic()
+
+    def _restore(self) -> int:
+        """How many runs the file holds; what it holds is collected already."""
+        try:
+            with safetensors.safe_open(self._partial, "pt") as reader:
+                runs = int(reader.metadata()["runs"])
+                for name, state in _by_layer(reader).items():
+                    self._found[name].restore(state)
+        except (OSError, SafetensorError):
+            return 0
+        return runs
+
+
+_KEEP_SECONDS = 30.0
+
+
+def _by_layer(reader: Any) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key in reader.keys():  # noqa: SIM118 (it isn't a mapping)
         layer, _, part = key.rpartition(".")
-        parts.setdefault(layer, {})[part] = tensor
-    return {layer: LayerStatistics.from_state(state) for layer, state in parts.items()}
+        parts.setdefault(layer, {})[part] = reader.get_tensor(key)
+    return parts
+
+
+def trial_calls(plan: Plan, recorded: Path) -> list[Call]:
+    """Some denoiser calls of the trial runs, evenly spread over the steps."""
+    kept: list[Call] = []
+    with _denoiser(plan) as pipeline:
+        for prompt in plan.calibration.trial:
+            with _calls(pipeline.unet) as calls:
+                _run_all(plan, pipeline, recorded, (prompt,), lambda _done, _total: None, None)
+            count = min(_TRIAL_CALLS, len(calls))
+            kept += [_as_call(calls[(2 * i + 1) * len(calls) // (2 * count)]) for i in range(count)]
+    return kept
+
+
+_TRIAL_CALLS = 4
+"""Of each trial run."""
+
+
+def _run_all(
+    plan: Plan,
+    pipeline: Any,
+    recorded: Path,
+    prompts: tuple[str, ...],
+    progress: Progress,
+    observed: _Observed | None,
+) -> None:
+    """Run the prompts that weren't run before."""
+    embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
+    done = observed.runs if observed is not None else 0
+    for number, prompt in enumerate(prompts[done:], start=done + 1):
+        _denoise(plan, pipeline, embeddings, prompt)
+        progress(number, len(prompts))
+        if observed is not None:
+            observed.keep(number)
+
+
+def _load_tensor(path: Path, name: str) -> Tensor:
+    with safetensors.safe_open(path, "pt") as reader:
+        tensor: Tensor = reader.get_tensor(name)
+    return tensor
+
+
+def load_statistics(folder: Path, covariances: Path | None = None) -> dict[str, LayerStatistics]:
+    """What `record_statistics` and, where given, `record_covariances` wrote, by layer."""
+    with safetensors.safe_open(folder / "statistics.safetensors", "pt") as reader:
+        parts = _by_layer(reader)
+    found = {layer: LayerStatistics.from_state(state) for layer, state in parts.items()}
+    if covariances is not None:
+        path = covariances / "covariances.safetensors"
+        with safetensors.safe_open(path, "pt") as reader:
+            layers = list(reader.keys())
+        for layer in layers:
+            found[layer].covariance = partial(_load_tensor, path, layer)
+    return found
 
 
 @torch.inference_mode()
@@ -130,6 +235,7 @@ def _denoiser(plan: Plan) -> Iterator[Any]:
 
 
 def _denoise(plan: Plan, pipeline: Any, embeddings: dict[str, Tensor], prompt: str) -> Tensor:
+    seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
     result = pipeline(
         prompt_embeds=embeddings[prompt],
         negative_prompt_embeds=embeddings[""],
@@ -137,7 +243,7 @@ def _denoise(plan: Plan, pipeline: Any, embeddings: dict[str, Tensor], prompt: s
         guidance_scale=plan.calibration.guidance,
         height=plan.native_size,
         width=plan.native_size,
-        generator=torch.Generator("cpu").manual_seed(plan.calibration.seed),
+        generator=torch.Generator("cpu").manual_seed(seed),
         output_type="latent",
     )
     latents: Tensor = result.images
@@ -175,8 +281,8 @@ def _record_vae(plan: Plan, latents: list[Tensor], out: Path) -> None:
 
 
 def _save(calls: list[tuple[Any, Any]], path: Path) -> None:
-    arrays = {
-        f"{index:04}": Call(*(tuple(tensor.detach().numpy() for tensor in side) for side in call))
-        for index, call in enumerate(calls)
-    }
-    save_calls(arrays, path)
+    save_calls({f"{index:04}": _as_call(call) for index, call in enumerate(calls)}, path)
+
+
+def _as_call(call: tuple[Any, Any]) -> Call:
+    return Call(*(tuple(tensor.detach().numpy() for tensor in side) for side in call))

@@ -3,6 +3,7 @@
     <root>/v1/<kind>/<24 hex digits>/    a finished entry, named by its key's digest, never changed
         entry.json                       the whole key, every file's digest
     <root>/v1/_tmp/<name>/               entries being made
+    <root>/v1/_partial/<name>            what is done so far of an entry that takes long
     <root>/v1/_damaged/<name>/           entries with a wrong byte, set aside
 
 An entry appears by one rename of a complete, flushed folder, so a reader sees all of it or nothing,
@@ -98,6 +99,18 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def partial(self, key: Mapping[str, object]) -> Iterator[Path]:
+        """A file for what is done so far of an entry that takes long: kept when killed.
+
+        Whoever writes it must be able to read one that was cut short. Removed once the block ends
+        without an error.
+        """
+        path = self._base / "_partial" / digest(key)[:_NAME_DIGITS]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+        path.unlink(missing_ok=True)
+
     def _private_folder(self, kind: str, key: Mapping[str, object]) -> Path:
         name = f"{digest(key)[:_NAME_DIGITS]}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
         folder = self._base / "_tmp" / name
@@ -140,6 +153,9 @@ class Store:
         for folder in _children(self._base / "_tmp"):
             if _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+        for left in _children(self._base / "_partial"):
+            if _age_seconds(left) > _KEEP_SECONDS:
+                left.unlink(missing_ok=True)
         for folder in _children(self._base / "_damaged"):
             if _age_seconds(folder) > _KEEP_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)

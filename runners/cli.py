@@ -19,6 +19,7 @@ from profiles.errors import DiskFullError, KilnError, MissingError, OutOfMemory
 __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS: dict[str, str] = {
+    "analyze": "optimizer.cli:analyze_command",
     "bench": "benchmarks.bench:bench",
     "compare": "benchmarks.compare:compare",
     "compile": "optimizer.cli:compile_command",
@@ -28,6 +29,7 @@ COMMANDS: dict[str, str] = {
 """Command -> module:attribute."""
 
 _LINES = {
+    "analyze": "Measure which layers lose most from few bits.",
     "bench": "Measure speed, size and start-up against the peers.",
     "compare": "Compare levels with plain diffusers: speed, size, pictures.",
     "compile": "Make a bundle from a model.",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Console", "Stage", "finite_json", "quiet_libraries"]
+__all__ = ["Console", "Stage", "finite_json", "native_output_to_stderr", "quiet_libraries"]
 
 
 class Stage:
@@ -106,6 +106,23 @@ def finite_json(document: object) -> str:
         return value
 
     return json.dumps(clean(document), allow_nan=False, ensure_ascii=False)
+
+
+@contextmanager
+def native_output_to_stderr() -> Iterator[None]:
+    """Send what native code prints to stdout to stderr: stdout is for results alone."""
+    import ctypes
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        runtime = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        runtime.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def quiet_libraries() -> None:

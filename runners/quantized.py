@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "FP4_VALUES",
+    "FP8_MAX",
+    "NF4_BLOCK",
+    "NF4_VALUES",
+    "Format",
     "Quantization",
     "QuantizedLayer",
     "insert_quantized",
@@ -24,16 +29,25 @@ __all__ = [
 ]
 
 
+Format = Literal["int8", "int4", "uint4", "fp8", "nf4", "nvfp4"]
+"""int4: -7..7; uint4: 0..15 around a zero point a group; fp8: e4m3; nf4, nvfp4: indices."""
+
+NF4_BLOCK = 64
+"""Weights along a row (the kernel's places included) that share a peak, as in bitsandbytes."""
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """How one layer is stored: the resolved scheme of its weight and of its input."""
+    """How one layer's weight is stored."""
 
-    bits: Literal[4, 8]
-    group: int
+    format: Format
+    group: int = 0
     """Weights that share a scale along the input axis; 0 is one scale per output channel."""
-    activation: Literal["none", "static", "affine"]
-    """`static`: the input is rounded to int8 with one scale, found by calibration; `affine`: to
-    uint8 with a zero point where that loses less."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.format in ("int8", "fp8") else 4
 
 
 @torch.library.custom_op("kiln::dequantize_channel", mutates_args=())
@@ -55,6 +69,18 @@ def dequantize_group(codes: Tensor, scale: Tensor, group: int) -> Tensor:
 
 @dequantize_group.register_fake
 def _(codes: Tensor, scale: Tensor, group: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+@torch.library.custom_op("kiln::dequantize_group_affine", mutates_args=())
+def dequantize_group_affine(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+    """The same from uint8 `codes` (0..15) around `zero`, shaped as `scale`."""
+    centred = codes.to(scale.dtype) - zero.to(scale.dtype).repeat_interleave(group, dim=1)
+    return centred * scale.repeat_interleave(group, dim=1)
+
+
+@dequantize_group_affine.register_fake
+def _(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
@@ -81,20 +107,80 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("kiln::quantize_dequantize_fp8", mutates_args=())
+def quantize_dequantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Round `x` to e4m3 multiples of the 0-d `scale`, which stay within +-448."""
+    steps = torch.clamp(x / scale, -FP8_MAX, FP8_MAX)
+    return steps.to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+@quantize_dequantize_fp8.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+FP8_MAX = 448.0
+"""The largest finite value of float8 e4m3 (Micikevicius et al. 2022, table 1)."""
+
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Dettmers et al. 2023, "QLoRA", appendix E."""
+
+FP4_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
+"""e2m1 by its bits (OCP Microscaling Formats 1.0, table 5)."""
+
+
 class QuantizedLayer(nn.Module):
     """A linear or 2-d convolution whose weight is `codes` and `scale`.
 
-    `codes`: int8 [out, in, ...]; `scale`: [out] or [out, in/group, ...]; `activation_scale`: 0-d,
-    present where the input is quantized, and `activation_zero_point`: 0-d uint8, where it is not
-    int8 around zero; `output_scale`: 0-d, where the output is rounded to int8; `bias`: [out] or
-    None.
+    `codes`: [out, in, ...], int8 (int8, int4), uint8 (uint4, nf4, nvfp4) or float8_e4m3fn; `scale`:
+    [out] or [out, in/group, ...] (nf4: [out, in * places / 64]); `zero`: uint8, as scale (uint4);
+    `activation_scale`: 0-d, present where the input is rounded, and `activation_zero_point`: 0-d
+    uint8, where that is not around zero; `output_scale`: 0-d, where the output is rounded to int8;
+    `down` [rank, in, ...] and `up` [out, rank, ...]: what is added to the product; `bias`: [out].
     """
 
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
     output_scale: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
     def __init__(
         self,
@@ -106,41 +192,77 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.quantization = quantization
         self.convolution = dict(convolution) if convolution is not None else None
-        self.register_buffer("codes", tensors["codes"])
-        self.register_buffer("scale", tensors["scale"])
-        self.register_buffer("activation_scale", tensors.get("activation_scale"))
-        self.register_buffer("activation_zero_point", tensors.get("activation_zero_point"))
-        self.register_buffer("output_scale", tensors.get("output_scale"))
+        for name in _BUFFERS:
+            self.register_buffer(name, tensors.get(name))
         bias = tensors.get("bias")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, as the forward uses it."""
-        if self.quantization.group:
-            return torch.ops.kiln.dequantize_group(  # type: ignore[no-any-return]
-                self.codes, self.scale, self.quantization.group
-            )
-        return torch.ops.kiln.dequantize_channel(  # type: ignore[no-any-return]
-            self.codes, self.scale
-        )
+        form, ops = self.quantization, torch.ops.kiln
+        found: Tensor
+        if form.format == "nf4":
+            found = _looked_up(NF4_VALUES, self.codes, self.scale, NF4_BLOCK)
+        elif form.format == "nvfp4":
+            values = torch.tensor(FP4_VALUES, dtype=self.scale.dtype)[self.codes.long()]
+            found = values * self.scale.repeat_interleave(form.group, dim=1)
+        elif self.zero is not None:
+            found = ops.dequantize_group_affine(self.codes, self.scale, self.zero, form.group)
+        elif form.group:
+            found = ops.dequantize_group(self.codes, self.scale, form.group)
+        else:
+            found = ops.dequantize_channel(self.codes, self.scale)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the float layer does, on rounded weights and (where planned) a rounded input."""
-        if self.activation_zero_point is not None:
-            x = torch.ops.kiln.quantize_dequantize_affine(
-                x, self.activation_scale, self.activation_zero_point
-            )
-        elif self.activation_scale is not None:
-            x = torch.ops.kiln.quantize_dequantize(x, self.activation_scale)
-        if self.convolution is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = F.conv2d(x, self.weight, self.bias, **self.convolution)
+        """What the float layer does, on rounded weights and (where planned) rounded ends."""
+        y = self._product(self._rounded_input(x), self.weight, self.bias)
+        if self.down is not None and self.up is not None:
+            y = y + self._correction(x, self.down, self.up)
         if self.output_scale is None:
             return y
         rounded: Tensor = torch.ops.kiln.quantize_dequantize(y, self.output_scale)
         return rounded
+
+    def _rounded_input(self, x: Tensor) -> Tensor:
+        ops, scale = torch.ops.kiln, self.activation_scale
+        found = x
+        if scale is not None and self.quantization.format == "fp8":
+            found = ops.quantize_dequantize_fp8(x, scale)
+        elif scale is not None and self.activation_zero_point is not None:
+            found = ops.quantize_dequantize_affine(x, scale, self.activation_zero_point)
+        elif scale is not None:
+            found = ops.quantize_dequantize(x, scale)
+        return found
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.convolution is None:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, **self.convolution)
+
+    def _correction(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        thin = self._product(x, down, None)
+        return F.linear(thin, up) if self.convolution is None else F.conv2d(thin, up)
+
+
+_BUFFERS = (
+    "codes",
+    "scale",
+    "zero",
+    "activation_scale",
+    "activation_zero_point",
+    "output_scale",
+    "down",
+    "up",
+)
+
+
+def _looked_up(values: tuple[float, ...], codes: Tensor, scale: Tensor, block: int) -> Tensor:
+    """`values[codes]` times the scale of each block along the rows."""
+    table = torch.tensor(values, dtype=scale.dtype)
+    rows = table[codes.long()].view(codes.shape[0], -1, block)
+    return (rows * scale[..., None]).view(codes.shape)
 
 
 def convolution_of(layer: nn.Module) -> dict[str, Any] | None:
@@ -163,15 +285,17 @@ def insert_quantized(root: nn.Module, layers: Mapping[str, QuantizedLayer]) -> N
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Two codes (-8..7) a byte, low nibble first, flattened; an odd count is padded by zero."""
+    """Two codes (-8..7 or 0..15) a byte, low nibble first, flattened and padded by zero."""
     flat = codes.flatten().to(torch.uint8) & 0xF
     flat = F.pad(flat, (0, flat.numel() % 2))
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack_int4`: int8 codes of `shape`."""
+def unpack_int4(packed: Tensor, shape: tuple[int, ...], *, signed: bool = True) -> Tensor:
+    """The inverse of `pack_int4`: codes of `shape`, int8, or uint8 where they aren't signed."""
     flat = torch.stack((packed & 0xF, packed >> 4), dim=1).flatten()
     count = int(torch.Size(shape).numel())
-    signed = ((flat[:count].to(torch.int8) + 8) % 16) - 8
-    return signed.view(shape)
+    if not signed:
+        return flat[:count].view(shape)
+    codes = ((flat[:count].to(torch.int8) + 8) % 16) - 8
+    return codes.view(shape)

@@ -105,13 +105,18 @@ def kind_of(name: str) -> int:
     return 0 if name.isupper() else 1 if name.lstrip("_")[0].isupper() else 2
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """Numbers by their value: W8A8 before W8A16."""
+    return [(int(n or -1), word) for n, word in re.findall(r"(\d*)(\D*)", name)]
+
+
 @pytest.mark.parametrize("module", modules())
 def test_what_a_module_exports_is_listed_sorted_and_there(module: str) -> None:
     source = text_of(module)
     names = exported(source)
     if names is None:
         return
-    assert names == sorted(names, key=lambda name: (kind_of(name), name))
+    assert names == sorted(names, key=lambda name: (kind_of(name), natural(name)))
     assert len(set(names)) == len(names)
     body = ast.parse(source).body
     defined = {node.name for node in body if hasattr(node, "name")}

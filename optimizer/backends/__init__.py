@@ -22,14 +22,43 @@ class Backend:
     library: str
     """The distribution whose version decides what comes out."""
     module: str
+    formats: frozenset[str]
+    """Of quantized layers (`Scheme.format`) that it reads; "keep" is read by all."""
+    computes: frozenset[str] = frozenset()
+    """Of them those whose every layer it must be seen to run on low-bit kernels."""
 
+
+_INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
+_FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
 
 BACKENDS: dict[str, Backend] = {
     item.name: item
     for item in (
-        Backend("openvino", "onnx", ("fp32", "bf16"), "openvino", "optimizer.backends.openvino"),
-        Backend("onnxruntime", "onnx", ("fp32",), "onnxruntime", "optimizer.backends.onnxruntime"),
-        Backend("eager", "torch", ("fp32", "bf16"), "torch", "optimizer.backends.eager"),
+        Backend(
+            "openvino",
+            "onnx",
+            ("fp32", "bf16"),
+            "openvino",
+            "optimizer.backends.openvino",
+            _INTEGERS | {"w4a16-dynamic"},
+            frozenset({"w8a8"}),
+        ),
+        Backend(
+            "onnxruntime",
+            "onnx",
+            ("fp32",),
+            "onnxruntime",
+            "optimizer.backends.onnxruntime",
+            _INTEGERS,
+        ),
+        Backend(
+            "eager",
+            "torch",
+            ("fp32", "bf16"),
+            "torch",
+            "optimizer.backends.eager",
+            _INTEGERS | _FLOATS,
+        ),
     )
 }
 
@@ -45,8 +74,13 @@ class Built:
 class Builder(Protocol):
     """The one function that a backend's file has."""
 
-    def build(self, source: Path, out: Path, *, dtype: str, role: str) -> Built:
-        """Turn the files in `source` into an engine's files in `out`."""
+    def build(
+        self, source: Path, out: Path, *, dtype: str, role: str, dynamic: bool = False
+    ) -> Built:
+        """Turn the files in `source` into an engine's files in `out`.
+
+        With `dynamic`, inputs of 4-bit layers may be rounded to 8 bits as they come.
+        """
 
     def low_bit_layers(self, engine: Any) -> int | None:
         """How many linears and convolutions the open engine runs in 8 bits or fewer, if known."""

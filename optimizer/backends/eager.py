@@ -11,7 +11,14 @@ from optimizer.backends import Built
 __all__ = ["build", "low_bit_layers"]
 
 
-def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:
+def build(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str,
+    role: str,
+    dynamic: bool = False,  # noqa: ARG001
+) -> Built:
     """Copy config, layer table and weights into `out`."""
     files = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
     for name in files.values():

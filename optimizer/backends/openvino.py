@@ -17,11 +17,20 @@ FILES = {"graph": "graph.xml.gz", "weights": "weights.bin"}
 """What a file is to the engine -> its name."""
 
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
+_DYNAMIC_GROUP = 32
+"""OpenVINO's own default."""
 _HEAVY = {"Convolution", "FullyConnected"}
 _LOW = {"i8", "u8", "i4", "u4"}
 
 
-def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:  # noqa: ARG001
+def build(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str,
+    role: str,  # noqa: ARG001
+    dynamic: bool = False,
+) -> Built:
     """Write graph.xml.gz and weights.bin into `out`."""
     try:
         model = ov.Core().read_model(source / "model.onnx")
@@ -30,7 +39,7 @@ def build(source: Path, out: Path, *, dtype: str, role: str) -> Built:  # noqa: 
             f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
         ) from error
     save(model, out, dtype=dtype)
-    return Built(files=dict(FILES), properties=properties(dtype))
+    return Built(files=dict(FILES), properties=properties(dtype, dynamic=dynamic))
 
 
 def save(model: ov.Model, out: Path, *, dtype: str) -> None:
@@ -47,9 +56,15 @@ def save(model: ov.Model, out: Path, *, dtype: str) -> None:
     (out / "model.bin").rename(out / FILES["weights"])
 
 
-def properties(dtype: str) -> dict[str, str | int | float | bool]:
-    """The runtime properties that an engine of this dtype is opened with."""
-    return {"INFERENCE_PRECISION_HINT": _PRECISION[dtype], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+def properties(dtype: str, *, dynamic: bool = False) -> dict[str, str | int | float | bool]:
+    """The runtime properties that an engine of this dtype is opened with.
+
+    OpenVINO rounds the inputs of compressed layers to 8 bits unless it is told not to.
+    """
+    return {
+        "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _DYNAMIC_GROUP if dynamic else 0,
+    }
 
 
 def low_bit_layers(engine: Any) -> int:

@@ -7,12 +7,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from optimizer.quantize import floats, lowrank
 from optimizer.quantize.observe import LayerStatistics, best_range, output_of
-from optimizer.quantize.policy import Policy, Scheme
-from optimizer.quantize.solvers import quantize_channels, quantize_groups
-from runners.quantized import Quantization, QuantizedLayer, convolution_of
+from optimizer.quantize.policy import Policy
+from optimizer.quantize.schemes import W4A16, W8A8, Fp8, Nf4, Nvfp4, Scheme
+from optimizer.quantize.solvers import SOLVERS
+from optimizer.quantize.solvers.grid import Grid, Inputs, as_matrix, from_matrix
+from runners.quantized import FP8_MAX, Quantization, QuantizedLayer, convolution_of
 
-__all__ = ["planned_layers", "quantizable_layers", "quantized_layer"]
+__all__ = ["planned_layers", "quantizable_layers", "quantized_layer", "quantized_layers"]
+
+Statistics = Mapping[str, LayerStatistics]
+_Found = tuple[Quantization, dict[str, Tensor]]
 
 
 def quantizable_layers(root: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -27,58 +33,108 @@ def quantizable_layers(root: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def planned_layers(root: nn.Module, policy: Policy) -> dict[str, Scheme]:
     """The layers of `root` that `policy` stores in fewer than 16 bits, with their schemes."""
     schemes = {
-        name: policy.scheme(name, layer.weight.shape[1])
+        name: policy.scheme(name, tuple(layer.weight.shape))
         for name, layer in quantizable_layers(root).items()
     }
     return {name: scheme for name, scheme in schemes.items() if scheme.bits < 16}
 
 
-def quantized_layer(
-    name: str,
-    layer: nn.Linear | nn.Conv2d,
-    scheme: Scheme,
-    found: Mapping[str, LayerStatistics],
-) -> QuantizedLayer:
-    """The quantized form of one layer, whose weights are finite (`load_module` sees to that)."""
-    weight, statistics = layer.weight.detach(), found.get(name)
-    power = statistics.channel_power if statistics is not None else None
-    if scheme.bits == 4:
-        codes, scale = quantize_groups(weight, scheme.group, power)
-    else:
-        codes, scale = quantize_channels(weight, power)
-    tensors: dict[str, Tensor] = {"codes": codes, "scale": scale}
-    if scheme.activation != "none":
-        grid = best_range(_observed(found, name), affine=scheme.activation == "affine")
-        tensors["activation_scale"] = torch.tensor(grid.scale)
-        if grid.zero_point is not None:
-            tensors["activation_zero_point"] = torch.tensor(grid.zero_point, dtype=torch.uint8)
-    if scheme.output != "none":
-        grid = best_range(_observed(found, output_of(name)), affine=False)
-        tensors["output_scale"] = torch.tensor(grid.scale)
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias.detach().float()
-    quantization = Quantization(
-        bits=4 if scheme.bits == 4 else 8, group=scheme.group, activation=scheme.activation
-    )
-    return QuantizedLayer(quantization, tensors, convolution_of(layer))
-
-
-def _observed(found: Mapping[str, LayerStatistics], name: str) -> LayerStatistics:
-    if name not in found:
-        raise ValueError(f"{name} has no calibration statistics")
-    return found[name]
-
-
 def quantized_layers(
     root: nn.Module,
     schemes: Mapping[str, Scheme],
-    statistics: Mapping[str, LayerStatistics],
+    statistics: Statistics,
+    solver: str,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, QuantizedLayer]:
     """The quantized form of every planned layer; `on_layer` is called after each."""
     layers = quantizable_layers(root)
     found = {}
     for name, scheme in schemes.items():
-        found[name] = quantized_layer(name, layers[name], scheme, statistics)
+        found[name] = quantized_layer(name, layers[name], scheme, statistics, solver)
         on_layer()
     return found
+
+
+@torch.no_grad()
+def quantized_layer(
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    scheme: Scheme,
+    statistics: Statistics,
+    solver: str = "mse",
+) -> QuantizedLayer:
+    """The quantized form of one layer, whose weights are finite (`load_module` sees to that).
+
+    `solver` finds the codes of the integer schemes; those of float types are the nearest.
+    """
+    weight = layer.weight.detach().float()
+    form: Quantization
+    tensors: dict[str, Tensor]
+    match scheme:
+        case Nf4():
+            form, tensors = Quantization("nf4"), floats.nf4(weight)
+        case Nvfp4():
+            form, tensors = Quantization("nvfp4", 16), floats.nvfp4(weight)
+        case Fp8():
+            form, tensors = Quantization("fp8"), floats.fp8(weight)
+        case W4A16():
+            form, tensors = _groups(weight, scheme, statistics.get(name), solver)
+        case _:
+            form, tensors = _rows(weight, statistics.get(name), solver)
+    tensors |= _ends(name, scheme, statistics)
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias.detach().float()
+    return QuantizedLayer(form, tensors, convolution_of(layer))
+
+
+def _rows(weight: Tensor, inputs: LayerStatistics | None, solver: str) -> _Found:
+    """int8 codes with one scale an output channel; GPTQ has nothing to win there."""
+    matrix = as_matrix(weight)
+    known = Inputs() if inputs is None else inputs.inputs(matrix.shape[1], covariance=False)
+    how = "mse" if solver == "gptq" else solver
+    codes = SOLVERS[how].solve(matrix, Grid(-127, 127, matrix.shape[1]), known)
+    tensors = {"codes": from_matrix(codes.codes, weight.shape), "scale": codes.scale.flatten()}
+    return Quantization("int8"), tensors
+
+
+def _groups(weight: Tensor, scheme: W4A16, inputs: LayerStatistics | None, solver: str) -> _Found:
+    """4-bit codes in groups, their zero points, and the correction's two matrices."""
+    matrix = as_matrix(weight)
+    known = Inputs() if inputs is None else inputs.inputs(matrix.shape[1])
+    low, high = (-7, 7) if scheme.symmetric else (0, 15)
+    grid = Grid(low, high, scheme.group, zero_point=not scheme.symmetric)
+    codes = SOLVERS[solver].solve(matrix, grid, known)
+    tensors = {
+        "codes": from_matrix(codes.codes, weight.shape),
+        "scale": from_matrix(codes.scale, weight.shape),
+    }
+    if codes.zero is not None:
+        tensors["codes"] = tensors["codes"].to(torch.uint8)
+        tensors["zero"] = from_matrix(codes.zero.to(torch.uint8), weight.shape)
+    if scheme.rank:
+        thin = lowrank.correction(matrix, codes, known, scheme.rank)
+        tensors["down"] = from_matrix(thin.down, (scheme.rank, *weight.shape[1:]))
+        tensors["up"] = thin.up.view(*thin.up.shape, *([1] * (weight.dim() - 2)))
+    return Quantization("int4" if scheme.symmetric else "uint4", scheme.group), tensors
+
+
+def _ends(name: str, scheme: Scheme, statistics: Statistics) -> dict[str, Tensor]:
+    """The grids of the layer's input and output, where the scheme rounds them."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(scheme, Fp8):
+        tensors["activation_scale"] = torch.tensor(_observed(statistics, name).peak / FP8_MAX)
+    if isinstance(scheme, W8A8):
+        grid = best_range(_observed(statistics, name), affine=scheme.zero_point)
+        tensors["activation_scale"] = torch.tensor(grid.scale)
+        if grid.zero_point is not None:
+            tensors["activation_zero_point"] = torch.tensor(grid.zero_point, dtype=torch.uint8)
+        if scheme.output:
+            grid = best_range(_observed(statistics, output_of(name)), affine=False)
+            tensors["output_scale"] = torch.tensor(grid.scale)
+    return tensors
+
+
+def _observed(statistics: Statistics, name: str) -> LayerStatistics:
+    if name not in statistics:
+        raise ValueError(f"{name} has no calibration statistics")
+    return statistics[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from optimizer.quantize.solvers.grid import Inputs
 
 __all__ = ["ActivationRange", "LayerStatistics", "best_range", "observing", "output_of"]
 
@@ -29,6 +31,8 @@ class LayerStatistics:
         self.limit = 0.0
         self.energy: Tensor | None = None
         self.count = 0
+        self.covariance: Callable[[], Tensor] | None = None
+        """Loads what was collected beside, where a solver needs it."""
 
     def add(self, x: Tensor, channel_axis: int) -> None:
         """Take one call's input."""
@@ -62,9 +66,28 @@ class LayerStatistics:
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state`."""
         found = cls()
-        found.histogram, found.energy = state["histogram"], state["energy"]
-        found.limit, found.count = float(state["limit"]), int(state["count"])
+        found.restore(state)
         return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be what `state` was taken of."""
+        self.histogram, self.energy = state["histogram"], state["energy"]
+        self.limit, self.count = float(state["limit"]), int(state["count"])
+
+    @property
+    def peak(self) -> float:
+        """The largest size of a value, to the width of a bin."""
+        _, low, high = _observed(self)
+        return max(-low, high)
+
+    def inputs(self, columns: int, *, covariance: bool = True) -> Inputs:
+        """What solvers may know of the inputs of a weight with so many columns.
+
+        A convolution's columns are the kernel's places, each with all channels.
+        """
+        power = self.channel_power
+        load = self.covariance if covariance else None
+        return Inputs(power.repeat(columns // len(power)), None if load is None else load())
 
     @property
     def channel_power(self) -> Tensor:

@@ -1,41 +1,32 @@
-"""Which layer is stored how: schemes, and policies as ordered patterns. Pure data, no torch."""
+"""Which layer is stored how: ordered patterns, and how codes are found. Pure data, no torch."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from optimizer.families.base import ComponentSpec
+from optimizer.quantize.schemes import (
+    KEEP,
+    W4A16,
+    W8A8,
+    W8A16,
+    Fp8,
+    Keep,
+    Nf4,
+    Nvfp4,
+    Scheme,
+    Shape,
+)
 from profiles.errors import SpecError
 
-__all__ = ["KEEP", "LEVELS", "Policy", "Rule", "Scheme", "default_policy", "policy_names"]
+__all__ = ["AUTO", "LEVELS", "Policy", "Rule", "default_policy", "policy_names"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
-
-class Scheme(BaseModel):
-    """How a weight, and perhaps its layer's input, is stored and rounded."""
-
-    model_config = _STRICT
-
-    bits: Literal[4, 8, 16]
-    """16 keeps the layer as it is, at the bundle's compute dtype."""
-    group: int = 0
-    """Weights along the input axis that share a scale; 0 is one scale per output channel."""
-    activation: Literal["none", "static", "affine"] = "none"
-    """`static`: the layer's input is rounded to int8 with one calibrated scale; `affine`: to uint8
-    with a zero point where that loses less."""
-    output: Literal["none", "static"] = "none"
-    """`static`: the layer's output is rounded to int8 with one calibrated scale, so that the matrix
-    product that it is a factor of can run in 8 bits."""
-
-
-KEEP = Scheme(bits=16)
-W8A8 = Scheme(bits=8, activation="affine")
-W8 = Scheme(bits=8)
-W4 = Scheme(bits=4, group=64)
+AUTO = "auto"
+"""`--quant auto`: the policy is solved for from measured sensitivities."""
 
 
 class Rule(BaseModel):
@@ -53,24 +44,18 @@ class Policy(BaseModel):
     model_config = _STRICT
 
     rules: tuple[Rule, ...] = ()
+    solver: str = "mse"
+    """How codes and scales are found: a name of optimizer.quantize.solvers.SOLVERS."""
 
-    def scheme(self, layer: str, in_features: int) -> Scheme:
-        """The scheme of `layer`; groups that don't divide its inputs fall to a smaller group.
-
-        A 4-bit layer whose inputs not even 32 divides is stored in 8 bits: one scale for a whole
-        row of 4-bit codes loses 5 dB or more (FACTS.md, weight SQNR).
-        """
+    def scheme(self, layer: str, shape: Shape) -> Scheme:
+        """The scheme of `layer`, whose weight has this shape."""
         found = next((r.scheme for r in self.rules if fnmatchcase(layer, r.pattern)), KEEP)
-        if not found.group or in_features % found.group == 0:
-            return found
-        if found.group > 32 and in_features % 32 == 0:
-            return found.model_copy(update={"group": 32})
-        return found.model_copy(update={"bits": 8, "group": 0})
+        return found.fitted(shape)
 
     @property
     def calibrates(self) -> bool:
         """Whether any rule needs activation ranges."""
-        return any(rule.scheme.activation != "none" for rule in self.rules)
+        return any(rule.scheme.calibrates for rule in self.rules)
 
     @property
     def quantizes(self) -> bool:
@@ -78,38 +63,50 @@ class Policy(BaseModel):
         return any(rule.scheme.bits < 16 for rule in self.rules)
 
 
-LEVELS: dict[str, Scheme] = {"none": KEEP, "int8": W8A8, "int4": W4}
+LEVELS: dict[str, Scheme] = {
+    "none": KEEP,
+    "int8": W8A8(),
+    "int8w": W8A16(),
+    "int4": W4A16(),
+    "int4-dyn": W4A16(dynamic=True),
+    "fp8": Fp8(),
+    "nf4": Nf4(),
+    "nvfp4": Nvfp4(),
+}
 """`--quant NAME` -> the scheme of the denoiser's ordinary layers."""
 
 
 def policy_names() -> list[str]:
     """The legal values of --quant."""
-    return list(LEVELS)
+    return [*LEVELS, AUTO]
 
 
-def default_policy(quant: str, component: ComponentSpec) -> Policy:
-    """The policy that `--quant` stands for.
+def default_policy(quant: str, component: ComponentSpec, solver: str = "mse") -> Policy:
+    """The policy that `--quant` (any but auto) stands for.
 
     The denoiser holds most weights and takes most time, so it gets the level's scheme; its fragile
     layers get 8-bit weights without rounded inputs, and its first and last convolutions are kept.
-    Where inputs are rounded, so are the queries and keys of attention: their product takes most of
-    a large picture's time.
-    Text encoder and VAE run once a picture and are kept at the compute dtype.
+    Where inputs are rounded to int8, so are the queries and keys of self-attention: their product
+    takes most of a large picture's time. Text encoder and VAE run once a picture and are kept at
+    the compute dtype.
     """
     if quant not in LEVELS:
-        raise SpecError(f"--quant {quant} is not known: use one of {', '.join(LEVELS)}.")
+        raise SpecError(f"--quant {quant} is not known: use one of {', '.join(policy_names())}.")
     scheme = LEVELS[quant]
-    if scheme == KEEP or component.role != "denoiser":
-        return Policy()
+    if isinstance(scheme, Keep) or component.role != "denoiser":
+        return Policy(solver=solver)
+    return Policy(
+        rules=(*guarding_rules(component, scheme), Rule(pattern="*", scheme=scheme)), solver=solver
+    )
+
+
+def guarding_rules(component: ComponentSpec, scheme: Scheme) -> tuple[Rule, ...]:
+    """The rules that come before a scheme for all: fragile layers, and factors of products."""
     ends = tuple(name for name in component.fragile if "*" not in name)
     embeddings = tuple(name for name in component.fragile if "*" in name)
-    factors = component.factors if scheme.activation != "none" else ()
-    factor = scheme.model_copy(update={"output": "static"})
-    return Policy(
-        rules=(
-            *(Rule(pattern=name, scheme=KEEP) for name in ends),
-            *(Rule(pattern=name, scheme=W8) for name in embeddings),
-            *(Rule(pattern=name, scheme=factor) for name in factors),
-            Rule(pattern="*", scheme=scheme),
-        )
+    factors = component.factors if isinstance(scheme, W8A8) else ()
+    return (
+        *(Rule(pattern=name, scheme=KEEP) for name in ends),
+        *(Rule(pattern=name, scheme=W8A16()) for name in embeddings),
+        *(Rule(pattern=name, scheme=W8A8(output=True)) for name in factors),
     )

@@ -68,15 +68,15 @@ def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
         if isinstance(layer, QuantizedLayer):
             form = layer.quantization
             layers[name] = {
-                "bits": form.bits,
+                "format": form.format,
                 "group": form.group,
-                "activation": form.activation,
                 "convolution": layer.convolution,
                 "shape": list(layer.codes.shape),
             }
             if form.bits == 4:
                 state[f"{name}.codes"] = pack_int4(layer.codes)
-            state[f"{name}.scale"] = layer.scale.half()
+            if form.format in ("int8", "int4", "uint4"):  # whose solvers see to it that they fit
+                state[f"{name}.scale"] = layer.scale.half()
     return layers, state
 
 
@@ -98,10 +98,11 @@ def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> Quan
     prefix = f"{name}."
     keys = [key for key in state if key.startswith(prefix)]
     tensors = {key.removeprefix(prefix): state.pop(key) for key in keys}
-    if form["bits"] == 4:
-        tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]))
+    quantization = Quantization(form["format"], form["group"])
+    if quantization.bits == 4:
+        signed = quantization.format == "int4"
+        tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]), signed=signed)
     tensors["scale"] = tensors["scale"].float()
-    quantization = Quantization(form["bits"], form["group"], form["activation"])
     return QuantizedLayer(quantization, tensors, form["convolution"])
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from benchmarks.contestants import REFERENCE, Asked, Contestant
 from benchmarks.measure import Measured, Request, measure
@@ -38,12 +40,16 @@ class Fake:
         self.log.append((self.name, request))
         if request["op"] == "image":
             Image.new("RGB", (8, 8)).save(request["path"])
+        if request["op"] == "trajectory":
+            turned = np.array([[1, 0], [1, 1 if self.name == "int8" else 0]], dtype=np.float32)
+            save_file({"latents": turned}, request["path"])
         noise = [1.0, 2.0] if self.name == "int8" else [0.0, 0.0]
         answers: dict[str, dict[str, Any]] = {
             "load": {"load_seconds": 1.0, "steps": 50, "guidance": 7.5},
             "image": {"seconds": 0.5},
             "record": {"calls": 2},
             "replay": {"signal": [10.0, 20.0], "noise": noise},
+            "trajectory": {"steps": 2},
             "peak": {"peak_rss_bytes": 1000},
         }
         return answers[request["op"]]
@@ -158,3 +164,12 @@ def test_pictures_of_an_earlier_run_go_and_other_files_stay(run: Run, tmp_path: 
         *("0001.png", "0002.png", "0003.png", "0004.png"),
         "mine.png",
     }
+
+
+def test_latents_are_compared_with_the_references_step_by_step(run: Run) -> None:
+    """Those of int8 are turned by 45 degrees after the second step."""
+    result = run(Field())
+    assert set(result.cosines) == set(NAMES[1:])
+    prompts = len(result.settings.prompts)
+    assert result.cosines["int8"] == [pytest.approx([1.0, 0.5**0.5])] * prompts
+    assert all(run == pytest.approx([1.0, 1.0]) for run in result.cosines[NAMES[2]])

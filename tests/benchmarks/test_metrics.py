@@ -16,7 +16,9 @@ def picture(seed: int = 0, size: int = 32) -> metrics.Picture:
 
 def test_identical_pictures_reach_the_stated_caps() -> None:
     same = metrics.picture_distance(picture(), picture())
-    assert same == metrics.PictureDistance(psnr_db=metrics.PSNR_CAP_DB, ssim=1.0, flip=0.0)
+    assert (same.psnr_db, same.ssim, same.flip) == (metrics.PSNR_CAP_DB, 1.0, 0.0)
+    assert same.slope_error in (0.0, None)
+    assert same.high_band[0] == same.high_band[1]
 
 
 def test_psnr_of_a_constant_offset_is_known() -> None:
@@ -96,3 +98,50 @@ def test_a_nan_or_infinite_output_gives_the_lowest_sqnr_whatever_else_was_added(
     assert sqnr.per_step_db == (-200.0, 200.0)
     assert sqnr.pooled_db == -200.0
     assert not sqnr.finite
+
+
+def ramp(side: int = 64) -> metrics.Picture:
+    """A horizontal gradient of 2 steps in 3 pixels."""
+    row = np.arange(side) * 2 // 3
+    return np.repeat(np.repeat(row[None, :, None], side, 0), 3, 2).astype(np.uint8)
+
+
+def test_texture_is_lost_by_blurring_and_added_by_noise() -> None:
+    rng = np.random.default_rng(0)
+    textured = np.clip(128 + rng.normal(0, 20, (64, 64, 3)), 0, 255).astype(np.uint8)
+    blurred = (
+        (textured.astype(int) + np.roll(textured, 1, 0) + np.roll(textured, 1, 1)) // 3
+    ).astype(np.uint8)
+    power = metrics.high_band_power
+    assert power(blurred) < 0.5 * power(textured)
+    assert power(ramp()) < 0.01 * power(textured)
+    assert power(np.full((64, 64, 3), 90, np.uint8)) == pytest.approx(0, abs=1e-6)
+
+
+def test_bands_in_a_gradient_are_seen_and_edges_do_not_count() -> None:
+    smooth = ramp()
+    banded = smooth // 8 * 8
+    shifted = smooth + np.uint8(5)
+    assert metrics.slope_error(smooth, smooth) == 0
+    assert metrics.slope_error(smooth, shifted) == pytest.approx(0, abs=1e-9)
+    error = metrics.slope_error(smooth, banded)
+    assert error is not None
+    assert 0.3 < error < 1.5
+    edges = np.zeros((64, 64, 3), np.uint8)
+    edges[:, 32:] = 200
+    assert metrics.slope_error(edges, np.zeros_like(edges)) is None
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_more_pictures() -> None:
+    rng = np.random.default_rng(1)
+    few, many = rng.normal(30, 5, 10), rng.normal(30, 5, 1000)
+    widths = []
+    for values in (few, many):
+        interval = metrics.bootstrap_interval(values.tolist())
+        assert interval is not None
+        assert interval[0] < values.mean() < interval[1]
+        widths.append(interval[1] - interval[0])
+    assert widths[1] == pytest.approx(2 * 1.96 * many.std() / np.sqrt(1000), rel=0.1)
+    assert widths[0] > 3 * widths[1]
+    assert metrics.bootstrap_interval([3.0]) is None
+    assert metrics.bootstrap_interval(few.tolist()) == metrics.bootstrap_interval(few.tolist())

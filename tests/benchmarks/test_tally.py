@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
 import pytest
 
 from benchmarks.comparison import Comparison
-from benchmarks.contestants import REFERENCE
+from benchmarks.contestants import REFERENCE, Contestant
 from benchmarks.measure import Measured
 from profiles.errors import SpecError
 
@@ -119,3 +119,33 @@ def test_captions_that_the_judge_cannot_read_leave_adherence_null_with_the_reaso
     comparison = compare_measured(measurement("a"), judge=Puzzled())
     assert [row.adherence for row in comparison.levels] == [None] * 3
     assert comparison.notes == ("Caption adherence wasn't measured: cannot read 'a'.",)
+
+
+def test_the_unquantized_level_is_the_noise_floor(
+    measurement: Make, entrants: tuple[Contestant, ...], compare_measured: Tally
+) -> None:
+    from benchmarks.tally import _noise_floor
+
+    rows = compare_measured(measurement("one", "two")).levels
+    assert _noise_floor(rows, entrants) is None
+    plain = [replace(entrants[0]), replace(entrants[1], quant="none"), entrants[2]]
+    floor = _noise_floor(rows, plain)
+    assert floor is not None
+    assert (floor.level, floor.dtype, floor.psnr_db) == ("int8", "bf16", rows[1].psnr_db)
+    same = [entrants[0], replace(entrants[1], quant="none", dtype="fp32"), entrants[2]]
+    assert _noise_floor(rows, same) is None
+
+
+def test_latents_are_averaged_over_runs_and_intervals_hold_the_means(
+    measurement: Make, compare_measured: Tally
+) -> None:
+    result = measurement("one", "two", "three", side=32)
+    result.cosines["int8"] = [[1.0, 0.9], [0.8, 0.7]]
+    reference, int8, int4 = compare_measured(result).levels
+    assert int8.latent_cosine_per_step == pytest.approx((0.9, 0.8))
+    assert int4.latent_cosine_per_step == reference.latent_cosine_per_step == ()
+    for row in (int8, int4):
+        low, high = row.intervals["psnr_db"]
+        assert low <= row.psnr_db <= high
+        assert "adherence" not in row.intervals
+    assert int4.texture is None, "plain grey pictures have no texture to keep"

@@ -20,7 +20,10 @@ def test_a_recipe_round_trips_through_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "sentence"),
     [
-        ({"quant": "int3"}, "--quant int3 is not known: use one of none, int8, int4."),
+        (
+            {"quant": "int3"},
+            "--quant int3 is not known: use one of none, int8, int8w, ",
+        ),
         (
             {"backend": "tvm"},
             "--backend tvm is not known: use one of openvino, onnxruntime, eager.",

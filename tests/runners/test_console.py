@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import sys
 
 import pytest
 
-from runners.console import Console, finite_json
+from runners.console import Console, finite_json, native_output_to_stderr
 
 
 def test_what_is_not_finite_is_null_at_any_depth() -> None:
@@ -55,3 +57,14 @@ def test_details_are_for_verbose_runs(capsys: pytest.CaptureFixture[str]) -> Non
     Console().detail("hidden")
     Console(verbose=True).detail("shown")
     assert capsys.readouterr().err == "shown\n"
+
+
+def test_what_native_code_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    runtime = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+    print("a result")
+    with native_output_to_stderr():
+        runtime.puts(b"a native message")
+    print("another")
+    found = capfd.readouterr()
+    assert found.out == "a result\nanother\n"
+    assert found.err == "a native message\n"

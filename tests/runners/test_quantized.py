@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +47,9 @@ def layer(shape: tuple[int, ...], *, bias: bool) -> nn.Linear | nn.Conv2d:
     return nn.Conv2d(shape[1], shape[0], shape[2], stride=2, padding=1, dilation=(1, 2), bias=bias)
 
 
-def quantized(float_layer: nn.Linear | nn.Conv2d, form: Quantization) -> QuantizedLayer:
+def quantized(
+    float_layer: nn.Linear | nn.Conv2d, form: Quantization, activation: str = "none"
+) -> QuantizedLayer:
     """Codes are drawn; the float layer gets the weights that they stand for."""
     generator = torch.Generator().manual_seed(1)
     top = 7 if form.bits == 4 else 127
@@ -63,9 +65,9 @@ def quantized(float_layer: nn.Linear | nn.Conv2d, form: Quantization) -> Quantiz
     tensors: dict[str, Tensor] = {"codes": codes, "scale": scale}
     if float_layer.bias is not None:
         tensors["bias"] = float_layer.bias.detach()
-    if form.activation != "none":
+    if activation != "none":
         tensors["activation_scale"] = torch.tensor(0.05)
-    if form.activation == "affine":
+    if activation == "affine":
         tensors["activation_zero_point"] = torch.tensor(30, dtype=torch.uint8)
     return QuantizedLayer(form, tensors, convolution_of(float_layer))
 
@@ -83,7 +85,7 @@ def test_a_layer_computes_what_the_float_layer_of_its_weights_does(
     shape: tuple[int, ...], group: int, bias: bool
 ) -> None:
     float_layer = layer(shape, bias=bias)
-    rounded = quantized(float_layer, Quantization(8 if group == 0 else 4, group, "none"))
+    rounded = quantized(float_layer, Quantization("int8" if group == 0 else "int4", group))
     torch.testing.assert_close(rounded.weight, float_layer.weight.data)
     x = inputs(shape)
     torch.testing.assert_close(rounded(x), float_layer(x))
@@ -91,7 +93,7 @@ def test_a_layer_computes_what_the_float_layer_of_its_weights_does(
 
 def test_a_static_activation_is_rounded_before_the_product() -> None:
     float_layer = layer((6, 64), bias=True)
-    rounded = quantized(float_layer, Quantization(8, 0, "static"))
+    rounded = quantized(float_layer, Quantization("int8"), "static")
     x = inputs((6, 64)) * 4
     steps = torch.clamp(torch.round(x / 0.05), -128, 127) * 0.05
     assert float((x - steps).abs().max()) > 1, "the test should clip too"
@@ -100,7 +102,7 @@ def test_a_static_activation_is_rounded_before_the_product() -> None:
 
 def test_a_zero_point_moves_the_grid() -> None:
     float_layer = layer((6, 64), bias=True)
-    rounded = quantized(float_layer, Quantization(8, 0, "affine"))
+    rounded = quantized(float_layer, Quantization("int8"), "affine")
     x = inputs((6, 64)) * 4
     steps = (torch.clamp(torch.round(x / 0.05) + 30, 0, 255) - 30) * 0.05
     assert float(steps.min()) == pytest.approx(-1.5)
@@ -109,7 +111,7 @@ def test_a_zero_point_moves_the_grid() -> None:
 
 def test_an_output_is_rounded_after_the_bias() -> None:
     float_layer = layer((6, 64), bias=True)
-    rounded = quantized(float_layer, Quantization(8, 0, "none"))
+    rounded = quantized(float_layer, Quantization("int8"))
     rounded.output_scale = torch.tensor(0.25)
     x = inputs((6, 64))
     steps = torch.clamp(torch.round(float_layer(x) / 0.25), -128, 127) * 0.25
@@ -131,12 +133,19 @@ def test_halves_round_to_even_as_in_onnx() -> None:
         lambda: torch.ops.kiln.dequantize_group(
             torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 2), 4
         ),
+        lambda: torch.ops.kiln.dequantize_group_affine(
+            torch.zeros(4, 8, dtype=torch.uint8),
+            torch.ones(4, 2),
+            torch.ones(4, 2, dtype=torch.uint8),
+            4,
+        ),
         lambda: torch.ops.kiln.quantize_dequantize(torch.ones(4, 8), torch.tensor(0.5)),
+        lambda: torch.ops.kiln.quantize_dequantize_fp8(torch.ones(4, 8), torch.tensor(0.5)),
         lambda: torch.ops.kiln.quantize_dequantize_affine(
             torch.ones(4, 8), torch.tensor(0.5), torch.tensor(3, dtype=torch.uint8)
         ),
     ],
-    ids=["channel", "group", "activation", "affine"],
+    ids=["channel", "group", "group-affine", "activation", "fp8", "affine"],
 )
 def test_the_operators_fake_versions_give_the_real_shape_and_dtype(call: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -149,7 +158,7 @@ def test_the_operators_fake_versions_give_the_real_shape_and_dtype(call: Any) ->
 
 def test_a_layer_takes_the_place_of_the_one_it_is_named_after() -> None:
     root = nn.Sequential(nn.Sequential(nn.Linear(64, 6)), nn.Linear(6, 2))
-    rounded = quantized(layer((6, 64), bias=True), Quantization(8, 0, "none"))
+    rounded = quantized(layer((6, 64), bias=True), Quantization("int8"))
     insert_quantized(root, {"0.0": rounded})
     assert root.get_submodule("0.0") is rounded
     assert root(inputs((6, 64))).shape == (3, 2)
@@ -168,13 +177,11 @@ def test_a_convolution_says_its_arguments_as_plain_data() -> None:
 
 @pytest.mark.parametrize("activation", ["none", "static", "affine"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_the_eager_engine_stores_comes_back_the_same(
-    bits: Literal[4, 8], activation: Literal["none", "static", "affine"]
-) -> None:
+def test_what_the_eager_engine_stores_comes_back_the_same(bits: int, activation: str) -> None:
     from runners.engines.eager import _layer, eager_state
 
-    group = 32 if bits == 4 else 0
-    rounded = quantized(layer((6, 96, 3, 3), bias=True), Quantization(bits, group, activation))
+    form = Quantization("int4", 32) if bits == 4 else Quantization("int8")
+    rounded = quantized(layer((6, 96, 3, 3), bias=True), form, activation)
     rounded.scale = rounded.scale.half().float()
     if activation == "static":
         rounded.output_scale = torch.tensor(0.25)

@@ -1,0 +1,224 @@
+"""The schemes: how a layer's weight, and perhaps its input, is stored and rounded.
+
+Pure data, one class each, without torch: a scheme is printed, hashed and stored in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "KEEP",
+    "W4A16",
+    "W8A8",
+    "W8A16",
+    "Fp8",
+    "Keep",
+    "Nf4",
+    "Nvfp4",
+    "Scheme",
+]
+
+Shape = tuple[int, ...]
+"""Of a weight: [out, in] or [out, in, height, width]."""
+
+
+class _Scheme(BaseModel, ABC):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a stored weight, without its scales."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activation ranges are needed."""
+        return False
+
+    @property
+    def format(self) -> str:
+        """What a backend must be able to read."""
+        return str(self.kind)  # type: ignore[attr-defined]
+
+    @property
+    def label(self) -> str:
+        """The scheme in a word, unique among those of one policy."""
+        return self.format
+
+    def fitted(self, shape: Shape) -> Scheme:  # noqa: ARG002
+        """The scheme that a layer of this shape gets where it is asked for this one."""
+        return self  # type: ignore[return-value]
+
+    def stored_bytes(self, shape: Shape, float_bytes: int) -> int:
+        """Of codes, scales and whatever else belongs to the weight."""
+        return math.ceil(math.prod(shape) * self.bits / 8) + self._scales(shape) * float_bytes
+
+    def _scales(self, shape: Shape) -> int:
+        return shape[0]
+
+
+class Keep(_Scheme):
+    """The layer as it is, at the bundle's compute dtype."""
+
+    kind: Literal["keep"] = "keep"
+
+    @property
+    def bits(self) -> int:
+        """16: what counts as not quantized."""
+        return 16
+
+    def stored_bytes(self, shape: Shape, float_bytes: int) -> int:
+        """Of the weight itself."""
+        return math.prod(shape) * float_bytes
+
+
+class W8A16(_Scheme):
+    """int8 weights, one scale an output channel; the input isn't rounded."""
+
+    kind: Literal["w8a16"] = "w8a16"
+
+    @property
+    def bits(self) -> int:
+        """8."""
+        return 8
+
+
+class W8A8(_Scheme):
+    """int8 weights, one scale an output channel; the input is rounded with one calibrated scale."""
+
+    kind: Literal["w8a8"] = "w8a8"
+    zero_point: bool = True
+    """Round the input to uint8 with a zero point where that loses less than int8 without."""
+    output: bool = False
+    """Round the output to int8 too, so that the product it is a factor of can run in 8 bits."""
+
+    @property
+    def bits(self) -> int:
+        """8."""
+        return 8
+
+    @property
+    def calibrates(self) -> bool:
+        """True: ranges are static."""
+        return True
+
+
+class W4A16(_Scheme):
+    """4-bit weights, a scale for every `group` of them along the input axis."""
+
+    kind: Literal["w4a16"] = "w4a16"
+    group: Literal[16, 32, 64, 128] = 64
+    symmetric: bool = True
+    """Codes -7..7; else 0..15 around a zero point that each group has of its own."""
+    rank: int = Field(default=0, ge=0, le=256)
+    """Of the 16-bit correction of what rounding loses: two thin matrices beside the codes."""
+    dynamic: bool = False
+    """The runtime may round the input to 8 bits as it comes (OpenVINO's dynamic quantization)."""
+
+    @property
+    def bits(self) -> int:
+        """4."""
+        return 4
+
+    @property
+    def format(self) -> str:
+        """Backends differ in which of the variants they take."""
+        if self.dynamic:
+            return "w4a16-dynamic"
+        return "w4a16" if self.symmetric else "w4a16-zero-points"
+
+    @property
+    def label(self) -> str:
+        """With the group, and the rank where there is a correction."""
+        zero = "" if self.symmetric else "z"
+        return f"w4a16-g{self.group}{zero}" + (f"-r{self.rank}" if self.rank else "")
+
+    def fitted(self, shape: Shape) -> Scheme:
+        """A smaller group where this one doesn't divide the inputs; 8 bits where not even 32 does.
+
+        One scale for a whole row of 4-bit codes would lose 5 dB or more (FACTS.md, weight SQNR).
+        """
+        smaller = [g for g in (128, 64, 32, 16) if g <= self.group and shape[1] % g == 0]
+        if not smaller or (smaller[0] < 32 and self.group >= 32):
+            return W8A16()
+        rank = min(self.rank, shape[0], shape[1])
+        return self.model_copy(update={"group": smaller[0], "rank": rank})
+
+    def stored_bytes(self, shape: Shape, float_bytes: int) -> int:
+        """Codes, scales, zero points of 4 bits, and the correction's two matrices."""
+        zeros = 0 if self.symmetric else math.ceil(self._scales(shape) / 2)
+        thin = self.rank * (shape[0] + math.prod(shape[1:]))
+        return super().stored_bytes(shape, float_bytes) + zeros + thin * float_bytes
+
+    def _scales(self, shape: Shape) -> int:
+        return math.prod(shape) // self.group
+
+
+class Fp8(_Scheme):
+    """float8 e4m3 weights, one scale an output channel; the input is rounded with one scale."""
+
+    kind: Literal["fp8"] = "fp8"
+
+    @property
+    def bits(self) -> int:
+        """8."""
+        return 8
+
+    @property
+    def calibrates(self) -> bool:
+        """True: ranges are static."""
+        return True
+
+
+class Nf4(_Scheme):
+    """QLoRA's 4-bit quantiles of a Gaussian, blocks of 64, as bitsandbytes stores them.
+
+    Dettmers et al. 2023, "QLoRA", section 3.
+    """
+
+    kind: Literal["nf4"] = "nf4"
+
+    @property
+    def bits(self) -> int:
+        """4."""
+        return 4
+
+    def fitted(self, shape: Shape) -> Scheme:
+        """8 bits where blocks of 64 don't divide the weight's rows."""
+        return self if math.prod(shape[1:]) % 64 == 0 else W8A16()
+
+    def stored_bytes(self, shape: Shape, float_bytes: int) -> int:  # noqa: ARG002
+        """Codes, and the fp32 peak of each block."""
+        return math.ceil(math.prod(shape) / 2) + 4 * (math.prod(shape) // 64)
+
+
+class Nvfp4(_Scheme):
+    """e2m1 weights, an e4m3 scale for 16 along the input axis, one fp32 scale over all.
+
+    NVIDIA, "Introducing NVFP4" (2025), and ONNX's float4e2m1 type.
+    """
+
+    kind: Literal["nvfp4"] = "nvfp4"
+
+    @property
+    def bits(self) -> int:
+        """4."""
+        return 4
+
+    def fitted(self, shape: Shape) -> Scheme:
+        """8 bits where 16 doesn't divide the inputs."""
+        return self if shape[1] % 16 == 0 else W8A16()
+
+    def stored_bytes(self, shape: Shape, float_bytes: int) -> int:  # noqa: ARG002
+        """Codes, a byte a block, and the tensor's scale."""
+        return math.ceil(math.prod(shape) / 2) + math.prod(shape) // 16 + 4
+
+
+Scheme = Annotated[Keep | W8A16 | W8A8 | W4A16 | Fp8 | Nf4 | Nvfp4, Field(discriminator="kind")]
+
+KEEP = Keep()

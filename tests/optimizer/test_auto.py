@@ -1,0 +1,183 @@
+"""`kiln analyze` and `--quant auto`, end to end on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizer.quantize.measuring import _finished
+from optimizer.quantize.sensitivity import load_sensitivity
+from runners.bundle import read_manifest
+
+Kiln = Callable[..., Any]
+Analysis = tuple[Path, dict[str, Any]]
+FAST = ("--steps", "2", "--backend", "openvino", "--dtype", "fp32")
+
+
+@pytest.fixture(scope="module")
+def analysis(
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    store_root: Path,  # noqa: ARG001
+) -> Analysis:
+    """The file, and what --json said."""
+    out = tmp_path_factory.mktemp("analysis") / "sensitivity.json"
+    command = [sys.executable, "-m", "runners.cli", "analyze", str(tiny_model), "-o", str(out)]
+    ended = subprocess.run(
+        [*command, *FAST[:4], "--json"], capture_output=True, check=True, text=True
+    )
+    return out, json.loads(ended.stdout)
+
+
+def test_every_layer_is_measured_under_every_scheme(analysis: Analysis) -> None:
+    path, document = analysis
+    found = load_sensitivity(path)
+    assert document["layers"] == len(found.layers) == 83
+    assert found.calls > 4
+    for name, layer in found.layers.items():
+        schemes = [loss.scheme for loss in layer.losses]
+        assert len(schemes) == len(set(schemes)) >= 2, name
+        assert all(0 < loss.noise < 1 for loss in layer.losses), name
+    sizes = [point["bytes"] for point in document["front"]]
+    qualities = [point["predicted_sqnr_db"] for point in document["front"]]
+    assert sizes == sorted(sizes)
+    assert qualities == sorted(qualities)
+
+
+def test_a_budget_is_kept_and_the_policy_is_in_the_manifest(
+    analysis: Analysis, kiln: Kiln, tiny_model: Path, tmp_path: Path
+) -> None:
+    path, document = analysis
+    least, most = (document["front"][i]["bytes_vs_fp32"] for i in (0, -1))
+    budget = f"{(least + most) / 2:.3f}x"
+    options = ("--quant", "auto", "--budget", budget, "--sensitivity", path, *FAST)
+    ended = kiln("compile", tiny_model, "-o", tmp_path / "out", *options, "--json")
+    assert ended.code == 0, ended.err
+    manifest = read_manifest(tmp_path / "out")
+    entry = manifest.component("denoiser")
+    assert entry.quant == "auto"
+    assert entry.engine_bytes <= float(budget[:-1]) * entry.fp32_bytes * 1.05
+    schemes = {rule["scheme"]["kind"] for rule in manifest.policies["unet"]["rules"]}
+    assert len(schemes) > 1
+    assert manifest.recipe["policy"] == manifest.policies["unet"]
+    assert entry.sqnr_db is not None
+    assert entry.oracle_sqnr_db is not None
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(kiln("inspect", tmp_path / "out", "--recipe").out)
+    again = kiln("compile", tiny_model, "-o", tmp_path / "again", "--recipe", recipe, "--json")
+    assert again.code == 0, again.err
+    assert read_manifest(tmp_path / "again").files == manifest.files
+
+
+def test_a_killed_analysis_goes_on_where_it_was(analysis: Analysis, tmp_path: Path) -> None:
+    """What it wrote is read back, but for a last line that was cut off."""
+    found = load_sensitivity(analysis[0])
+    names = list(found.layers)[:40]
+    partial = tmp_path / "partial"
+    lines = [json.dumps([name, found.layers[name].model_dump(mode="json")]) for name in names]
+    partial.write_text("\n".join(lines) + '\n["cut off')
+    assert _finished(partial) == {name: found.layers[name] for name in names}
+    assert _finished(tmp_path / "absent") == {}
+
+
+@pytest.mark.parametrize("kind", ["statistics", "covariances"])
+def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from optimizer import record
+    from optimizer.compile import plan_recipe
+    from optimizer.recipe import Recipe
+
+    plan, _ = plan_recipe(Recipe(model=str(tiny_model), quant="int4", steps=1))
+    folders = [tmp_path / name for name in ("recorded", "whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    recorded, whole, parts = folders
+    partial = tmp_path / "partial"
+    record.record(plan, recorded, lambda _done, _total: None)
+    monkeypatch.setattr(record, "_KEEP_SECONDS", 0.0)
+    observe = getattr(record, f"record_{kind}")
+    observe(plan, recorded, tmp_path / "unused", whole, lambda _done, _total: None)
+    seen: list[float] = []
+
+    def stop(done: float, _total: float) -> None:
+        seen.append(done)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(plan, recorded, partial, parts, stop)
+    assert partial.is_file()
+    observe(plan, recorded, partial, parts, lambda done, _total: seen.append(done))
+    runs = {"statistics": 8, "covariances": 24}[kind]
+    assert seen == [1, 2, 3, 4, *range(4, runs + 1)], "the run that was cut off is made again"
+    name = f"{kind}.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--quant", "auto"), "--quant auto needs a goal: add --budget 0.25x"),
+        (("--quant", "int8", "--budget", "0.2x"), "--budget and --min-quality need --quant auto"),
+        (
+            ("--quant", "auto", "--budget", "much"),
+            "--budget much is not possible: write it as 0.25x or in bytes",
+        ),
+        (
+            ("--quant", "auto", "--budget", "0.01x"),
+            "--budget 0.010x can't be met: the smallest possible is 0.",
+        ),
+        (("--quant", "int4", "--solver", "magic"), "--solver magic is not known: use one of rtn"),
+        (
+            ("--quant", "auto", "--budget", "0.9x", "--sensitivity", "absent.json"),
+            "absent.json is no sensitivity file",
+        ),
+        (("--calibration", "absent.txt"), "--calibration absent.txt can't be read"),
+    ],
+)
+def test_wrong_wishes_end_with_2_before_any_work(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    ended = kiln("compile", tiny_model, "-o", tmp_path / "out", *options)
+    assert ended.code == 2
+    assert sentence in ended.sentence
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (b"", "holds no prompts: write one a line."),
+        (b"\n  \n", "holds no prompts: write one a line."),
+        ("gr\u00f6\u00dfe".encode("latin-1"), "can't be read (it isn't UTF-8): give a UTF-8"),
+        (b"only one\n", "--calibration holds 1 different prompts, and 30 are needed: add some."),
+    ],
+    ids=["empty", "blank", "latin-1", "one"],
+)
+def test_a_wrong_calibration_file_ends_with_2(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, raw: bytes, sentence: str
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(raw)
+    ended = kiln("compile", tiny_model, "-o", tmp_path / "out", "--calibration", file, "--dry-run")
+    assert ended.code == 2
+    assert sentence in ended.sentence
+
+
+def test_sensitivities_of_another_model_are_refused(
+    analysis: Analysis, kiln: Kiln, tiny_model: Path, tmp_path: Path
+) -> None:
+    document = json.loads(analysis[0].read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**document, "model_digest": "f" * 64}))
+    options = ("--quant", "auto", "--budget", "0.9x", "--sensitivity", other, "--dry-run")
+    ended = kiln("compile", tiny_model, "-o", tmp_path / "out", *options)
+    assert ended.code == 2
+    assert f"{other} was measured on another model than" in ended.sentence

@@ -120,21 +120,29 @@ def speed_plot(comparison: Comparison) -> Plot | None:
 
 def step_plot(comparison: Comparison) -> Plot | None:
     """SQNR at each denoising step, the first one being the noisiest; None without any."""
-    rows = _levels(comparison)
-    known = [db for row in rows for db in row.sqnr_db_per_step]
-    if not known:
+    values = [row.sqnr_db_per_step for row in _levels(comparison)]
+    if not any(values):
         return None
-    steps = max(len(row.sqnr_db_per_step) for row in rows)
+    return _by_step(comparison, values, _decibels([db for line in values for db in line]))
+
+
+def cosine_plot(comparison: Comparison) -> Plot | None:
+    """How far freely running latents have come apart, 1 - cosine as a power of ten, by step."""
+    values = [
+        tuple(_apart(value) for value in row.latent_cosine_per_step) for row in _levels(comparison)
+    ]
+    if not any(values):
+        return None
+    known = [value for line in values for value in line]
+    low = math.floor(min(known))
+    y = _Axis(low, max(math.ceil(max(known)), low + 1), HEIGHT - _BOTTOM, _TOP)
+    return replace(_by_step(comparison, values, y), y_ticks=y.ticks(5, least=1.0), y_title="log10")
+
+
+def _by_step(comparison: Comparison, values: Sequence[Sequence[float]], y: _Axis) -> Plot:
+    """A line a level, over the denoising steps."""
+    steps = max(len(line) for line in values)
     x = _Axis(1, max(2, steps), _LEFT + 8, WIDTH - _RIGHT - 8)
-    y = _decibels(known)
-    lines = tuple(
-        Line(
-            tuple((x(k + 1), y(db)) for k, db in enumerate(row.sqnr_db_per_step)),
-            i,
-            row.name,
-        )
-        for i, row in enumerate(rows)
-    )
     return Plot(
         left=_LEFT,
         right=WIDTH - _RIGHT,
@@ -144,43 +152,10 @@ def step_plot(comparison: Comparison) -> Plot | None:
         y_ticks=y.ticks(5),
         x_title="denoising step",
         y_title="SQNR, dB",
-        lines=lines,
-    )
-
-
-def cosine_plot(comparison: Comparison) -> Plot | None:
-    """How far freely running latents have come apart, 1 - cosine as a power of ten, by step."""
-    rows = _levels(comparison)
-    known = [value for row in rows for value in row.latent_cosine_per_step]
-    if not known:
-        return None
-    steps = max(len(row.latent_cosine_per_step) for row in rows)
-    x = _Axis(1, max(2, steps), _LEFT + 8, WIDTH - _RIGHT - 8)
-    apart = [_apart(value) for value in known]
-    y = _Axis(
-        math.floor(min(apart)),
-        max(math.ceil(max(apart)), math.floor(min(apart)) + 1),
-        HEIGHT - _BOTTOM,
-        _TOP,
-    )
-    lines = tuple(
-        Line(
-            tuple((x(k + 1), y(_apart(v))) for k, v in enumerate(row.latent_cosine_per_step)),
-            i,
-            row.name,
-        )
-        for i, row in enumerate(rows)
-    )
-    return Plot(
-        left=_LEFT,
-        right=WIDTH - _RIGHT,
-        top=_TOP,
-        bottom=HEIGHT - _BOTTOM,
-        x_ticks=x.ticks(8, least=1.0),
-        y_ticks=y.ticks(5, least=1.0),
-        x_title="denoising step",
-        y_title="log10",
-        lines=lines,
+        lines=tuple(
+            Line(tuple((x(k + 1), y(value)) for k, value in enumerate(line)), i, row.name)
+            for i, (row, line) in enumerate(zip(_levels(comparison), values, strict=True))
+        ),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from optimizer.prompts import read_prompts
 from profiles.errors import SpecError
 
-__all__ = ["DEFAULT_COUNT", "choose_prompts", "read_prompts"]
+__all__ = ["DEFAULT_COUNT", "choose_prompts"]
 
 DEFAULT_COUNT = 16
 """Prompts taken from a list that the user didn't name."""
@@ -37,22 +38,3 @@ def choose_prompts(
         return prompts, source
     chosen = tuple(prompts[index * len(prompts) // count] for index in range(count))
     return chosen, f"{source}, {count} of {len(prompts)}, evenly spread"
-
-
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """Read a text file with a prompt a line, UTF-8; blank lines don't count."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SpecError(
-            f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8, a prompt a line"
-        ) from error
-    except OSError as error:
-        raise SpecError(
-            f"the prompt file {file} can't be read ({error.strerror}): give a text file with a "
-            "prompt a line"
-        ) from error
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not prompts:
-        raise SpecError(f"{file} holds no prompt: write a prompt a line into it")
-    return prompts

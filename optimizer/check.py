@@ -50,7 +50,9 @@ def build_and_check(
     calls = load_calls(recorded / f"{job.spec.name}.safetensors")
     building = max(1, len(calls) // 5)
     steps = Steps(progress, building + len(unseen) + len(calls))
-    built = builder(job.backend).build(prepared, out, dtype=job.dtype, role=job.spec.role)
+    built = builder(job.backend).build(
+        prepared, out, dtype=job.dtype, role=job.spec.role, dynamic=job.dynamic
+    )
     steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
     engine = engine_class(job.backend)(

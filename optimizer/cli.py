@@ -68,6 +68,7 @@ def compile_command(
     quiet_libraries()
     from optimizer import describe
     from optimizer.compile import compile_bundle, plan_recipe
+    from optimizer.prompts import read_prompts
 
     console = Console(json_output=as_json, verbose=verbose)
     given = {
@@ -77,7 +78,7 @@ def compile_command(
         "solver": solver,
         "budget": budget,
         "min_quality": min_quality,
-        "calibration": _prompts(calibration),
+        "calibration": calibration and read_prompts(calibration),
         "dtype": dtype,
         "backend": backend,
         "profile": profile,
@@ -122,6 +123,7 @@ def analyze_command(
     from optimizer import describe
     from optimizer.compile import analyze_model
     from optimizer.deciding import pareto_front
+    from optimizer.prompts import read_prompts
     from optimizer.quantize.sensitivity import load_sensitivity
     from optimizer.recipe import checked
 
@@ -137,7 +139,7 @@ def analyze_command(
         "solver": solver,
         "backend": backend,
         "steps": steps,
-        "calibration": _prompts(calibration),
+        "calibration": calibration and read_prompts(calibration),
     }
     recipe = checked({k: v for k, v in given.items() if v is not None})
     plan, measured = analyze_model(recipe, console=console)
@@ -147,24 +149,6 @@ def analyze_command(
     console.result(
         describe.analysis_text(found, points, out), describe.analysis_document(found, points, out)
     )
-
-
-def _prompts(file: Path | None) -> list[str] | None:
-    """The lines of a prompt file; SpecError where it can't be read or holds none."""
-    if file is None:
-        return None
-    try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it isn't UTF-8" if isinstance(error, ValueError) else error.strerror
-        raise SpecError(
-            f"--calibration {file} can't be read ({reason}): give a UTF-8 text file, a prompt a "
-            "line."
-        ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise SpecError(f"--calibration {file} holds no prompts: write one a line.")
-    return list(dict.fromkeys(prompts))
 
 
 def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:

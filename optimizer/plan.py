@@ -17,6 +17,7 @@ from optimizer.backends import BACKENDS
 from optimizer.backends import backend as backend_named
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.prompts import NEUTRAL, read_prompts
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.policy import AUTO, Policy, default_policy
 from optimizer.quantize.schemes import KEEP, W4A16, W8A8, Scheme, Shape
@@ -99,6 +100,11 @@ class Job:
     def candidates(self) -> tuple[Scheme, ...]:
         """The schemes that `--quant auto` tries every layer with, beside keeping it."""
         return _candidates(self.parameters, self.backend)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the runtime may round inputs of 4-bit layers."""
+        return any(isinstance(s, W4A16) and s.dynamic for s in self.layers.values())
 
     @property
     def float_bytes(self) -> int:
@@ -336,9 +342,8 @@ def _defaults(folder: Path) -> dict[str, int | float]:
 def _calibration(recipe: Recipe, folder: Path, parameters: int, guidance: float) -> Calibration:
     """Prompts of the recipe, else of the model's own list where it has one, else kiln's."""
     own = folder / "prompts" / "calibration.txt"
-    path = own if own.is_file() else Path(__file__).with_name("prompts.txt")
-    lines = recipe.calibration or path.read_text("utf-8").splitlines()
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    path = own if own.is_file() else NEUTRAL
+    prompts = list(dict.fromkeys(recipe.calibration or read_prompts(path)))
     runs, held_out, trial, more = (2, 1, 1, 0) if parameters > LARGE else (8, 4, 2, 16)
     needed = runs + held_out + trial + more
     if len(prompts) < needed:

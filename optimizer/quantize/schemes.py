@@ -6,8 +6,7 @@ Pure data, one class each, without torch: a scheme is printed, hashed and stored
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,18 +26,13 @@ Shape = tuple[int, ...]
 """Of a weight: [out, in] or [out, in, height, width]."""
 
 
-class _Scheme(BaseModel, ABC):
+class _Scheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Of a stored weight, without its scales."""
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether activation ranges are needed."""
-        return False
+    bits: ClassVar[int]
+    """Of a stored weight, without its scales; 16 is what counts as not quantized."""
+    calibrates: ClassVar[bool] = False
+    """Whether activation ranges are needed: they are static."""
 
     @property
     def format(self) -> str:
@@ -65,12 +59,8 @@ class _Scheme(BaseModel, ABC):
 class Keep(_Scheme):
     """The layer as it is, at the bundle's compute dtype."""
 
+    bits: ClassVar[int] = 16
     kind: Literal["keep"] = "keep"
-
-    @property
-    def bits(self) -> int:
-        """16: what counts as not quantized."""
-        return 16
 
     def stored_bytes(self, shape: Shape, float_bytes: int) -> int:
         """Of the weight itself."""
@@ -80,37 +70,26 @@ class Keep(_Scheme):
 class W8A16(_Scheme):
     """int8 weights, one scale an output channel; the input isn't rounded."""
 
+    bits: ClassVar[int] = 8
     kind: Literal["w8a16"] = "w8a16"
-
-    @property
-    def bits(self) -> int:
-        """8."""
-        return 8
 
 
 class W8A8(_Scheme):
     """int8 weights, one scale an output channel; the input is rounded with one calibrated scale."""
 
+    bits: ClassVar[int] = 8
+    calibrates: ClassVar[bool] = True
     kind: Literal["w8a8"] = "w8a8"
     zero_point: bool = True
     """Round the input to uint8 with a zero point where that loses less than int8 without."""
     output: bool = False
     """Round the output to int8 too, so that the product it is a factor of can run in 8 bits."""
 
-    @property
-    def bits(self) -> int:
-        """8."""
-        return 8
-
-    @property
-    def calibrates(self) -> bool:
-        """True: ranges are static."""
-        return True
-
 
 class W4A16(_Scheme):
     """4-bit weights, a scale for every `group` of them along the input axis."""
 
+    bits: ClassVar[int] = 4
     kind: Literal["w4a16"] = "w4a16"
     group: Literal[16, 32, 64, 128] = 64
     symmetric: bool = True
@@ -121,11 +100,6 @@ class W4A16(_Scheme):
     """The runtime may round the input to 8 bits as it comes (OpenVINO's dynamic quantization)."""
 
     @property
-    def bits(self) -> int:
-        """4."""
-        return 4
-
-    @property
     def format(self) -> str:
         """Backends differ in which of the variants they take."""
         if self.dynamic:
@@ -134,9 +108,9 @@ class W4A16(_Scheme):
 
     @property
     def label(self) -> str:
-        """With the group, and the rank where there is a correction."""
-        zero = "" if self.symmetric else "z"
-        return f"w4a16-g{self.group}{zero}" + (f"-r{self.rank}" if self.rank else "")
+        """With the group, and what else is out of the ordinary."""
+        more = ("" if self.symmetric else "z") + (f"-r{self.rank}" if self.rank else "")
+        return f"w4a16-g{self.group}{more}" + ("-dyn" if self.dynamic else "")
 
     def fitted(self, shape: Shape) -> Scheme:
         """A smaller group where this one doesn't divide the inputs; 8 bits where not even 32 does.
@@ -162,17 +136,9 @@ class W4A16(_Scheme):
 class Fp8(_Scheme):
     """float8 e4m3 weights, one scale an output channel; the input is rounded with one scale."""
 
+    bits: ClassVar[int] = 8
+    calibrates: ClassVar[bool] = True
     kind: Literal["fp8"] = "fp8"
-
-    @property
-    def bits(self) -> int:
-        """8."""
-        return 8
-
-    @property
-    def calibrates(self) -> bool:
-        """True: ranges are static."""
-        return True
 
 
 class Nf4(_Scheme):
@@ -181,12 +147,8 @@ class Nf4(_Scheme):
     Dettmers et al. 2023, "QLoRA", section 3.
     """
 
+    bits: ClassVar[int] = 4
     kind: Literal["nf4"] = "nf4"
-
-    @property
-    def bits(self) -> int:
-        """4."""
-        return 4
 
     def fitted(self, shape: Shape) -> Scheme:
         """8 bits where blocks of 64 don't divide the weight's rows."""
@@ -203,12 +165,8 @@ class Nvfp4(_Scheme):
     NVIDIA, "Introducing NVFP4" (2025), and ONNX's float4e2m1 type.
     """
 
+    bits: ClassVar[int] = 4
     kind: Literal["nvfp4"] = "nvfp4"
-
-    @property
-    def bits(self) -> int:
-        """4."""
-        return 4
 
     def fitted(self, shape: Shape) -> Scheme:
         """8 bits where 16 doesn't divide the inputs."""

@@ -15,6 +15,7 @@ from benchmarks.contestants import Contestant
 from benchmarks.measure import Measured
 from optimizer import compile as compiling
 from optimizer.compile import CompileResult
+from optimizer.prompts import read_prompts
 from profiles.errors import SpecError
 from runners.bundle import read_manifest
 
@@ -33,7 +34,11 @@ from runners.bundle import read_manifest
             "--levels names no level: give some, such as --levels none,int8,int4",
         ),
         (("--levels", "int8,int8"), "--levels names int8 twice: name each level once"),
-        (("--levels", "int3"), "--levels names 'int3'; the levels are none, int8, int4"),
+        (("--levels", "int3"), "--levels names 'int3'; the levels are none, int8, int8w, "),
+        (("--levels", "auto:manydb"), "write it as auto:0.2x or auto:30db"),
+        (("--levels", "auto"), "--quant auto needs a goal"),
+        (("--levels", "int4:magic"), "--solver magic is not known"),
+        (("--fail-under", "flip=1"), "--fail-under names 'flip'; use psnr"),
         (("--backend", "cuda"), "--backend cuda is not known: use one of"),
     ],
 )
@@ -92,7 +97,7 @@ def test_prompt_files_that_cannot_be_used(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SpecError) as caught:
-        prompts.read_prompts(file)
+        read_prompts(file)
     assert str(file) in str(caught.value)
     assert sentence in str(caught.value)
 

@@ -80,6 +80,23 @@ def test_a_recorded_trajectory_replays_exactly_in_the_pipeline_that_made_it(pair
         assert 1e-8 < noise / total < 1e-1
 
 
+def test_free_latents_start_together_and_come_apart(pair: Pair) -> None:
+    from safetensors.numpy import load_file
+
+    reference, coarse, folder = pair
+    found = []
+    for number, worker in enumerate((reference, reference, coarse)):
+        path = folder / f"{number}.safetensors"
+        answer = worker.ask({**PICTURE, **SETTINGS, "op": "trajectory", "path": str(path)})
+        assert answer == {"steps": 3}
+        found.append(load_file(path)["latents"])
+    own, again, other = found
+    assert own.shape[0] == 3
+    assert (own == again).all()
+    apart = [float(abs(a - b).max()) for a, b in zip(own, other, strict=True)]
+    assert 0 < apart[0] < apart[2]
+
+
 def test_the_pipelines_own_defaults_are_reported(pair: Pair) -> None:
     reference, _, folder = pair
     answer = reference.ask(

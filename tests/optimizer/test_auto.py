@@ -139,7 +139,7 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
             ("--quant", "auto", "--budget", "0.9x", "--sensitivity", "absent.json"),
             "absent.json is no sensitivity file",
         ),
-        (("--calibration", "absent.txt"), "--calibration absent.txt can't be read"),
+        (("--calibration", "absent.txt"), "the prompt file absent.txt can't be read (No such file"),
     ],
 )
 def test_wrong_wishes_end_with_2_before_any_work(
@@ -154,9 +154,9 @@ def test_wrong_wishes_end_with_2_before_any_work(
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
-        (b"", "holds no prompts: write one a line."),
-        (b"\n  \n", "holds no prompts: write one a line."),
-        ("gr\u00f6\u00dfe".encode("latin-1"), "can't be read (it isn't UTF-8): give a UTF-8"),
+        (b"", "holds no prompt: write a prompt a line into it"),
+        (b"\n  \n", "holds no prompt: write a prompt a line into it"),
+        ("gr\u00f6\u00dfe".encode("latin-1"), "is not UTF-8 text (byte 2): save it as UTF-8"),
         (b"only one\n", "--calibration holds 1 different prompts, and 30 are needed: add some."),
     ],
     ids=["empty", "blank", "latin-1", "one"],

@@ -107,7 +107,7 @@ def test_truncated_weights(fails: Kiln, model: Path) -> None:
         (("--size-range", "32-64"), 2, "write it as --size-range 256:1024."),
         (("--size-range", "64:32"), 2, "--size-range 64:32 is backwards: the smaller side first."),
         (("--size", "64", "--size-range", "32:64"), 2, "Give --size or --size-range, not both."),
-        (("--quant", "int3"), 2, "--quant int3 is not known: use one of none, int8, int4."),
+        (("--quant", "int3"), 2, "--quant int3 is not known: use one of none, int8, int8w, "),
         (("--backend", "tvm"), 2, "--backend tvm is not known: use one of openvino, onnxruntime, "),
         (("--dtype", "int8"), 2, "Input should be 'auto', 'fp32', 'fp16' or 'bf16'."),
         (("--profile", "x86-amd"), 2, "no profile is called 'x86-amd'; did you mean x86-am"),

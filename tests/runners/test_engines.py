@@ -244,6 +244,18 @@ def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
+def test_only_the_dynamic_level_lets_openvino_round_inputs_as_they_come(
+    bundle: MakeBundle,
+) -> None:
+    groups = [
+        read_manifest(bundle("openvino", quant))
+        .component("denoiser")
+        .properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+        for quant in ("int4", "int4-dyn")
+    ]
+    assert groups == [0, 32]
+
+
 def test_openvino_runs_every_layer_with_a_rounded_input_in_low_bits(
     bundle: MakeBundle, tiny_model: Path
 ) -> None:

@@ -28,5 +28,7 @@ def test_a_recipe_is_complete_and_names_no_path(kiln: Kiln, bundle: MakeBundle) 
     ended = kiln("inspect", bundle("openvino"), "--recipe")
     recipe = json.loads(ended.out)
     assert recipe["model"] == "tiny"
-    assert None not in {value for name, value in recipe.items() if name != "revision"}
+    absent = {name for name, value in recipe.items() if value is None}
+    wishes_of_auto = {"budget", "min_quality", "policy"}
+    assert absent == {"revision", "calibration", *wishes_of_auto}
     assert (recipe["quant"], recipe["dtype"], recipe["backend"]) == ("none", "fp32", "openvino")

@@ -8,16 +8,20 @@ comparable between the rows.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.numerics import sqnr_db
+from optimizer.plan import predicted_bytes
+from optimizer.progress import Progress, Steps
 
-__all__ = ["compare_engines", "make_nncf", "make_ours", "make_plain", "make_weights"]
+__all__ = ["compare_engines", "make_nncf", "make_ours", "make_plain", "make_weights", "quantize"]
 
 UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -31,7 +35,7 @@ _CALIBRATION, _HELD_OUT = 6, 2
 _ROUNDS = 6
 
 
-def make_weights(out: Path, progress: Callable[[float, float], None]) -> None:
+def make_weights(out: Path, progress: Progress) -> None:
     """Write unet/ (fp32, seed 0) and calls.safetensors with fp32 outputs of the held-out calls."""
     import numpy as np
     import torch
@@ -47,15 +51,87 @@ def make_weights(out: Path, progress: Callable[[float, float], None]) -> None:
     generator = np.random.default_rng(0)
     calls = {}
     for index in range(_CALIBRATION + _HELD_OUT):
-        inputs = (
-            generator.standard_normal((2, 4, 64, 64), dtype=np.float32),
-            np.full(2, 960.0 - 120 * index, dtype=np.float32),
-            generator.standard_normal((2, 77, 768), dtype=np.float32),
-        )
-        call = Call(inputs, ())
+        call = _random_call(generator, 960.0 - 120 * index)
         calls[f"{index:02}"] = run_module(wrapper, call) if index >= _CALIBRATION else call
         progress(index + 1, _CALIBRATION + _HELD_OUT)
     save_calls(calls, out / "calls.safetensors")
+
+
+def _random_call(generator: Any, timestep: float) -> Call:
+    import numpy as np
+
+    return Call(
+        (
+            generator.standard_normal((2, 4, 64, 64), dtype=np.float32),
+            np.full(2, timestep, dtype=np.float32),
+            generator.standard_normal((2, 77, 768), dtype=np.float32),
+        ),
+        (),
+    )
+
+
+def quantize(model: Path, how: tuple[str, str, int], out: Path, progress: Progress) -> None:
+    """Write quantized.json: what quantizing takes, with a level, a solver and calibration steps.
+
+    The seconds hold calibration and solving, the peak the whole process, fp32 weights included.
+    """
+    import numpy as np
+
+    from benchmarks.compare_worker import peak_rss_bytes
+    from optimizer.families.sd1 import SD1
+    from optimizer.prepare import run_module
+    from optimizer.quantize.apply import planned_layers, quantizable_layers, quantized_layers
+    from optimizer.quantize.covariance import observing_covariance
+    from optimizer.quantize.observe import observing
+    from optimizer.quantize.policy import default_policy
+    from runners.quantized import insert_quantized
+
+    quant, solver, runs = how
+    start = time.monotonic()
+    unet, wrapper = _loaded(model)
+    layers, spec = quantizable_layers(unet), SD1.component("unet")
+    schemes = planned_layers(unet, default_policy(quant, spec, solver))
+    steps = Steps(progress, runs + len(schemes))
+    generator = np.random.default_rng(1)
+    wanted = layers if runs else {}
+    with (
+        observing(unet, wanted, spec.factors) as found,
+        observing_covariance(unet, wanted if solver == "gptq" else {}) as covariances,
+    ):
+        for index in range(runs):
+            run_module(wrapper, _random_call(generator, 990.0 - 960.0 * index / runs))
+            steps.advance()
+    for name, covariance in covariances.items():
+        found[name].covariance = partial(getattr, covariance, "mean")
+    insert_quantized(unet, quantized_layers(unet, schemes, found, solver, steps.advance))
+    seconds, peak = time.monotonic() - start, peak_rss_bytes()
+    calls = _held_out(load_calls(model / "calls.safetensors"))
+    total = 4 * sum(math.prod(shape) for shape in _shapes(model).values())
+    document = {
+        "calibration_steps": runs,
+        "seconds": round(seconds, 1),
+        "peak_rss_bytes": peak,
+        "peak_vs_fp32": None if peak is None else round(peak / total, 2),
+        "bytes_vs_fp32": round(predicted_bytes(_shapes(model), schemes, 2) / total, 4),
+        "sqnr_db": round(
+            sqnr_db((c.outputs[0], run_module(wrapper, c).outputs[0]) for c in calls), 2
+        ),
+    }
+    (out / "quantized.json").write_text(json.dumps(document), "utf-8")
+
+
+def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """Of all parameters, from the files' headers."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in (model / "unet").glob("*.safetensors"):
+        with safe_open(path, "np") as reader:
+            found |= {
+                name: tuple(reader.get_slice(name).get_shape())
+                for name in reader.keys()  # noqa: SIM118 (it isn't a mapping)
+            }
+    return found
 
 
 def make_ours(model: Path, quant: str, out: Path) -> None:

@@ -35,8 +35,10 @@ class ComponentSpec:
     prefixes: tuple[str, ...]
     """Beginnings of the names of its parameters; ("",) is all of the folder's."""
     fragile: tuple[str, ...] = ()
-    """fnmatch patterns of layers that lose most from few bits: the first and last convolutions and
-    the embeddings (Q-Diffusion 2023, section 4; MixDQ 2024, section 3)."""
+    """fnmatch patterns of layers that lose most from few bits: the first and last convolutions,
+    the embeddings and the shortcuts (Q-Diffusion 2023, section 4; MixDQ 2024, section 3), and the
+    last levels' FFN down-projections (a third of int8's noise on the reference model, measured with
+    `kiln analyze`)."""
     factors: tuple[str, ...] = ()
     """fnmatch patterns of layers whose outputs are both factors of a matrix product: the queries
     and keys of self-attention. Not those of cross-attention: its product is a few per cent of the

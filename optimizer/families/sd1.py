@@ -134,6 +134,7 @@ SD1 = Family(
                 "time_embedding.*",
                 "*.time_emb_proj",
                 "*.conv_shortcut",
+                "up_blocks.[23].*.ff.net.2",
             ),
             factors=("*.attn1.to_q", "*.attn1.to_k"),
         ),

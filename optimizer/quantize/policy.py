@@ -94,7 +94,7 @@ def default_policy(quant: str, component: ComponentSpec, solver: str = "mse") ->
         raise SpecError(f"--quant {quant} is not known: use one of {', '.join(policy_names())}.")
     scheme = LEVELS[quant]
     if isinstance(scheme, Keep) or component.role != "denoiser":
-        return Policy(solver=solver)
+        return Policy()  # whatever the solver: an equal policy is an equal stage
     return Policy(
         rules=(*guarding_rules(component, scheme), Rule(pattern="*", scheme=scheme)), solver=solver
     )

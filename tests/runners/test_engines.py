@@ -244,6 +244,27 @@ def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
+@pytest.mark.parametrize(
+    ("backend", "quant"),
+    [("onnxruntime", "int4"), ("eager", "int4"), ("eager", "nf4"), ("eager", "fp8")],
+)
+def test_a_level_loses_on_every_backend_what_the_oracle_loses(
+    bundle: MakeBundle, backend: str, quant: str
+) -> None:
+    """Within 1 dB; and ONNX Runtime's 4-bit linears are all kernels of their own."""
+    entry = read_manifest(bundle(backend, quant)).component("denoiser")
+    assert entry.quant == quant
+    assert entry.sqnr_db is not None
+    assert entry.oracle_sqnr_db is not None
+    assert 10 < entry.oracle_sqnr_db < 60
+    assert entry.sqnr_db == pytest.approx(entry.oracle_sqnr_db, abs=1)
+    if backend == "onnxruntime":
+        assert entry.layers_low_bit is not None
+        assert entry.layers_low_bit > 40
+    if quant in ("int4", "nf4"):
+        assert entry.engine_bytes < 0.25 * entry.fp32_bytes
+
+
 def test_only_the_dynamic_level_lets_openvino_round_inputs_as_they_come(
     bundle: MakeBundle,
 ) -> None:

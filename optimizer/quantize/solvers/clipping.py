@@ -12,25 +12,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optimizer.quantize.solvers.grid import Codes, Grid, Inputs, rounded
+from optimizer.quantize.solvers.grid import Codes, Grid, Inputs, joined, rounded
 from optimizer.quantize.solvers.nearest import peak_grid
 
 __all__ = ["best_grid", "solve"]
 
-_AT_ONCE = 1 << 22
-"""Weights searched at a time, to bound the memory."""
+_AT_ONCE = 1 << 18
+"""Weights searched at a time: what fits a processor's cache."""
 
 
 def solve(matrix: Tensor, grid: Grid, inputs: Inputs) -> Codes:
     """Codes on the best grids."""
     rows = max(1, _AT_ONCE // matrix.shape[1])
-    parts = [_solved(part, grid, inputs) for part in torch.split(matrix, rows)]
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return Codes(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zeros) if zeros else None,
-    )
+    return joined([_solved(part, grid, inputs) for part in torch.split(matrix, rows)])
 
 
 def _solved(matrix: Tensor, grid: Grid, inputs: Inputs) -> Codes:

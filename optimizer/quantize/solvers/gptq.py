@@ -25,7 +25,7 @@ def solve(matrix: Tensor, grid: Grid, inputs: Inputs) -> Codes:
     """Codes with the least error of the layer's output, as far as a greedy order finds it.
 
     A covariance of fewer inputs than columns (a convolution's, by channel) is used for each stretch
-    of columns by itself.
+    of columns as for rows of their own.
     """
     start = clipped(matrix, grid, inputs)
     if inputs.covariance is None:
@@ -33,14 +33,18 @@ def solve(matrix: Tensor, grid: Grid, inputs: Inputs) -> Codes:
     width = inputs.covariance.shape[0]
     order = torch.argsort(inputs.covariance.diagonal(), descending=True, stable=True)
     factor = _factor(inputs.covariance[order][:, order])
-    codes = torch.empty_like(start.codes)
-    column = torch.arange(matrix.shape[1]) // grid.group
-    for first in range(0, matrix.shape[1], width):
-        columns = first + order
-        scale = start.scale[:, column[columns]]
-        zero = None if start.zero is None else start.zero[:, column[columns]]
-        codes[:, columns] = _rounded(matrix[:, columns], scale, zero, factor, grid)
-    return Codes(codes, start.scale, start.zero)
+
+    def arranged(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, width)[:, order]
+
+    def by_column(tensor: Tensor) -> Tensor:
+        return arranged(tensor.repeat_interleave(grid.group, dim=1))
+
+    zero = None if start.zero is None else by_column(start.zero)
+    found = _rounded(arranged(matrix), by_column(start.scale), zero, factor, grid)
+    codes = torch.empty_like(found)
+    codes[:, order] = found
+    return Codes(codes.view(matrix.shape), start.scale, start.zero)
 
 
 def _factor(covariance: Tensor) -> Tensor:

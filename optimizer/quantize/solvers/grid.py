@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Codes", "Grid", "Inputs", "Solve", "as_matrix", "from_matrix", "storable"]
+__all__ = [
+    "Codes",
+    "Grid",
+    "Inputs",
+    "Solve",
+    "as_matrix",
+    "from_matrix",
+    "joined",
+    "rounded",
+    "storable",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,16 @@ class Codes:
         if self.zero is not None:
             codes = codes - self.zero[..., None]
         return (codes * self.scale[..., None]).view(self.codes.shape)
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """The codes of a matrix from those of its rows' parts."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Codes(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 Solve = Callable[[Tensor, Grid, Inputs], Codes]

@@ -40,7 +40,7 @@ _HELP_RUNS = 9
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
 def bench(section: tuple[str, ...], out: Path, as_json: bool) -> None:  # noqa: FBT001
-    """Measure kiln against its alternatives on this machine; takes about half an hour."""
+    """Measure kiln against its alternatives on this machine; takes the better part of an hour."""
     quiet_libraries()
     console = Console(json_output=as_json)
     out.mkdir(parents=True, exist_ok=True)

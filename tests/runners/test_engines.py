@@ -265,6 +265,37 @@ def test_a_level_loses_on_every_backend_what_the_oracle_loses(
         assert entry.engine_bytes < 0.25 * entry.fp32_bytes
 
 
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_floats_are_stored_in_16_bits_unless_the_engine_computes_in_fp32(
+    bundle: MakeBundle, tmp_path: Path, quant: str
+) -> None:
+    """All but scalars: OpenVINO itself leaves the floats of a model with 4-bit constants alone."""
+    import gzip
+
+    import openvino as ov
+
+    from optimizer.backends.openvino import FILES, save
+
+    def floats(folder: Path) -> int:
+        graph = gzip.decompress((folder / FILES["graph"]).read_bytes())
+        weights = np.fromfile(folder / FILES["weights"], np.uint8)
+        model = ov.Core().read_model(graph, ov.Tensor(weights))
+        return sum(
+            op.data.size
+            for op in model.get_ops()
+            if op.get_type_name() == "Constant"
+            and op.get_element_type() == ov.Type.f32
+            and op.data.size > 1
+        )
+
+    made = bundle("openvino", quant) / "unet"
+    assert floats(made) > 1000
+    graph = gzip.decompress((made / FILES["graph"]).read_bytes())
+    model = ov.Core().read_model(graph, ov.Tensor(np.fromfile(made / FILES["weights"], np.uint8)))
+    save(model, tmp_path, dtype="bf16")
+    assert floats(tmp_path) < 100
+
+
 def test_only_the_dynamic_level_lets_openvino_round_inputs_as_they_come(
     bundle: MakeBundle,
 ) -> None:

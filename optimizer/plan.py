@@ -88,6 +88,8 @@ class Job:
     layers: dict[str, Scheme]
     """Planned low-bit layers, by name."""
     layers_total: int
+    low_bit_kernels: int
+    """How many layers the backend must be seen to run on kernels of 8 bits or fewer."""
     parameters: int
     predicted_bytes: int
     """Of the engine's files, from the policy and the parameters' shapes."""
@@ -264,6 +266,10 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
         signature=signature,
         layers=low_bit,
         layers_total=len(layers),
+        low_bit_kernels=sum(
+            (scheme.format, len(layers[name])) in backend_named(recipe.backend).computes
+            for name, scheme in low_bit.items()
+        ),
         parameters=parameters,
         predicted_bytes=predicted_bytes(shapes, low_bit, float_bytes),
         fixed_bytes=fixed,

@@ -24,8 +24,9 @@ class Backend:
     module: str
     formats: frozenset[str]
     """Of quantized layers (`Scheme.format`) that it reads; "keep" is read by all."""
-    computes: frozenset[str] = frozenset()
-    """Of them those whose every layer it must be seen to run on low-bit kernels."""
+    computes: frozenset[tuple[str, int]] = frozenset()
+    """(format, weight's number of axes: 2 of a linear, 4 of a convolution) of the layers of which
+    each must be seen to run on a low-bit kernel."""
 
 
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
@@ -41,7 +42,7 @@ BACKENDS: dict[str, Backend] = {
             "openvino",
             "optimizer.backends.openvino",
             _INTEGERS | {"w4a16-dynamic"},
-            frozenset({"w8a8"}),
+            frozenset({("w8a8", 2), ("w8a8", 4)}),
         ),
         Backend(
             "onnxruntime",
@@ -50,6 +51,7 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime",
             "optimizer.backends.onnxruntime",
             _INTEGERS,
+            frozenset({("w4a16", 2), ("w4a16-zero-points", 2)}),
         ),
         Backend(
             "eager",

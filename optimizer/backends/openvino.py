@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from optimizer.backends import Built
 from profiles.errors import BuildError
@@ -50,40 +51,44 @@ def save(model: ov.Model, out: Path, *, dtype: str) -> None:
     the CPU plugin would run convolutions in f16 even under an f32 hint (seen in its runtime graph).
     The graph is text and shrinks 20 times; for a small model it would be a fifth of the engine.
     """
-    if dtype != "fp32" and _has_4_bits(model):
+    if dtype != "fp32":
         _halve_floats(model)
-    ov.save_model(model, out / "model.xml", compress_to_fp16=dtype != "fp32")
+    ov.save_model(model, out / "model.xml", compress_to_fp16=False)
     graph = (out / "model.xml").read_bytes()
     (out / FILES["graph"]).write_bytes(gzip.compress(graph, mtime=0))
     (out / "model.xml").unlink()
     (out / "model.bin").rename(out / FILES["weights"])
 
 
-def _has_4_bits(model: ov.Model) -> bool:
-    """Whether `save_model` would take the model for compressed already, and leave floats as they
-    are (seen in the files of mixed policies).
-    """
-    return any(
-        op.get_type_name() == "Constant" and op.get_element_type() in (ov.Type.i4, ov.Type.u4)
-        for op in model.get_ops()
-    )
-
-
 def _halve_floats(model: ov.Model) -> None:
-    """Store fp32 constants in 16 bits, but for scalars: activation scales need all their bits."""
+    """Store fp32 constants in 16 bits, but for scalars (activation scales need all their bits) and
+    for those that 16 bits can't hold: too large, or so small that their digits would go.
+
+    `save_model` would do it too, but leaves the floats of a model alone that has 4-bit constants
+    or 8-bit weights (seen in its files).
+    """
     from openvino import opset13
 
     for op in model.get_ops():
         if op.get_type_name() != "Constant" or op.get_element_type() != ov.Type.f32:
             continue
         values = op.data
-        if values.size == 1:
+        if values.size == 1 or not _fits_16_bits(values):
             continue
         readers = op.output(0).get_target_inputs()
         half = opset13.constant(values.astype(np.float16), name=op.get_friendly_name())
         widened = opset13.convert(half, "f32")
         for reader in readers:
             reader.replace_source_output(widened.output(0))
+
+
+def _fits_16_bits(values: NDArray[np.float32]) -> bool:
+    """Whether fp16 holds the largest value, and at least half of them to all of its 11 bits."""
+    limits = np.finfo(np.float16)
+    sizes = np.abs(values[values != 0])
+    if sizes.size == 0:
+        return True
+    return bool(sizes.max() <= limits.max and np.median(sizes) >= limits.tiny)
 
 
 def properties(dtype: str, *, dynamic: bool = False) -> dict[str, str | int | float | bool]:

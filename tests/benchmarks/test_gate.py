@@ -38,10 +38,15 @@ def test_wrong_limits_say_how_to_write_them(text: str, sentence: str) -> None:
     assert str(caught.value).startswith(sentence)
 
 
-def test_levels_above_their_limits_pass(measurement: Make, compare_measured: Tally) -> None:
+def test_only_a_limit_above_the_lowest_level_fails(
+    measurement: Make, compare_measured: Tally
+) -> None:
     comparison = compare_measured(measurement("one", "two"))
-    check_limits(comparison, {"psnr": 5, "sqnr": 10})
+    lowest = min(level.psnr_db for level in comparison.levels[1:])
     check_limits(comparison, {})
+    check_limits(comparison, {"psnr": lowest, "sqnr": 10})
+    with pytest.raises(ParityError, match="psnr"):
+        check_limits(comparison, {"psnr": lowest + 0.01, "sqnr": 10})
 
 
 def test_a_level_below_a_limit_is_named_with_its_worst_prompt(

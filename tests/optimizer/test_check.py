@@ -12,7 +12,7 @@ from optimizer.check import build_and_check
 from optimizer.compile import plan_recipe
 from optimizer.plan import Job
 from optimizer.recipe import Recipe
-from profiles.errors import ParityError
+from profiles.errors import BuildError, ParityError
 
 Stages = tuple[Job, Path, Path]
 
@@ -59,6 +59,20 @@ def test_an_engine_that_is_right_is_kept(stages: Stages, tmp_path: Path) -> None
     build_and_check(*stages, out, lambda done, total: seen.append((done, total)))
     assert (out / "built.json").is_file()
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_engine_that_runs_fewer_low_bit_kernels_than_planned_is_refused(
+    stages: Stages, tmp_path: Path
+) -> None:
+    """This one has none at all, being fp32."""
+    job, *folders = stages
+    job = dataclasses.replace(job, low_bit_kernels=2)
+    out = tmp_path / "engine"
+    out.mkdir()
+    with pytest.raises(BuildError) as caught:
+        build_and_check(job, *folders, out, lambda _done, _total: None)
+    assert "2 layers of text_encoder should run in low bits" in str(caught.value)
+    assert "only 0 do" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from benchmarks.comparison import Comparison
 from benchmarks.conditions import activity, conditions
 from benchmarks.contestants import Contestant
 from benchmarks.gate import check_limits
+from benchmarks.learned import find_learned
 from benchmarks.measure import Request, measure
 from benchmarks.prompts import choose_prompts
 from benchmarks.tally import About, Judge, tally
@@ -94,6 +95,7 @@ def compare_contestants(
                 folder=out,
             ),
             judge=_judge(source.folder),
+            learned=find_learned(),
         )
 
 

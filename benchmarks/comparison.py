@@ -77,6 +77,8 @@ class Shot(_Noun):
     psnr_db: Finite
     ssim: Finite | None
     flip: Finite | None
+    lpips: Finite | None = None
+    clip_score: Finite | None = None
     adherence: Finite | None = None
     """0..1, how well this picture shows its prompt."""
 
@@ -119,6 +121,10 @@ class Row(_Noun):
     """Mean over the pictures, identical ones counting as 100 dB."""
     ssim: Finite | None
     flip: Finite | None
+    lpips: Finite | None = None
+    """Learned distance, 0 the same; null where its network isn't on this machine."""
+    clip_score: Finite | None = None
+    """100 x the cosine of picture and caption; null where its network isn't on this machine."""
     sqnr_db: Finite | None
     sqnr_db_per_step: tuple[Finite, ...] = ()
     latent_cosine_per_step: tuple[Finite, ...] = ()
@@ -130,8 +136,8 @@ class Row(_Noun):
     banding: Finite | None = None
     """How unlike the reference's the slopes of smooth areas are, in 255ths a pixel."""
     intervals: dict[str, tuple[Finite, Finite]] = {}
-    """Measure (psnr_db, ssim, flip, adherence) -> 95 % bootstrap interval of its mean over the
-    pictures."""
+    """Measure (psnr_db, ssim, flip, lpips, clip_score, adherence) -> 95 % bootstrap interval of
+    its mean over the pictures."""
     adherence: Finite | None = None
     """0..1, mean over the attributes, of all pictures made."""
     adherence_attributes: dict[str, Finite] = {}

@@ -55,6 +55,11 @@ def render(comparison: Comparison, folder: Path) -> str:
         steps=plots.step_plot(comparison),
         cosines=plots.cosine_plot(comparison),
         metrics=metrics,
+        learned=[
+            (name, title)
+            for name, title in (("lpips", "LPIPS"), ("clip_score", "CLIP score"))
+            if getattr(comparison.levels[0], name) is not None
+        ],
         exact_db=EXACT_DB,
         axis_top=plots.AXIS_TOP_DB,
     )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks.comparison import Comparison, Conditions, NoiseFloor, Picture, Row, Shot
 from benchmarks.contestants import REFERENCE, Contestant
+from benchmarks.learned import NO_MEASURES, Learned
 from benchmarks.measure import Measured, Taken
 from benchmarks.metrics import Picture as Pixels
 from benchmarks.metrics import (
@@ -74,9 +75,10 @@ def tally(
     *,
     about: About,
     judge: Judge | None = None,
+    learned: Learned = NO_MEASURES,
 ) -> Comparison:
     """Make the document; the contestants in the order of its rows, the reference first."""
-    distances = {c.name: _distances(measured, c.name) for c in contestants}
+    distances = {c.name: _distances(measured, c.name, learned) for c in contestants}
     judgements, judge_notes = _judge(judge, measured, [c.name for c in contestants])
     rows = tuple(
         _row(contestant, measured, distances[contestant.name], judgements.get(contestant.name))
@@ -100,16 +102,35 @@ def _pixels(taken: Taken) -> Pixels:
         return np.asarray(picture.convert("RGB"))
 
 
-def _distances(measured: Measured, name: str) -> list[PictureDistance]:
-    return [
-        picture_distance(_pixels(taken[REFERENCE]), _pixels(taken[name]))
-        for _, taken in measured.rounds
-    ]
+@dataclass(frozen=True)
+class _Distance(PictureDistance):
+    lpips: float | None = None
+    clip_score: float | None = None
+
+
+def _distances(measured: Measured, name: str, learned: Learned) -> list[_Distance]:
+    """Of one contestant's pictures, all in memory at once where CLIP reads them."""
+    scores: list[float] | None = None
+    if learned.clip_score is not None:
+        pictures = [_pixels(taken[name]) for _, taken in measured.rounds]
+        scores = learned.clip_score(pictures, [task.prompt for task, _ in measured.rounds])
+    found = []
+    for index, (_, taken) in enumerate(measured.rounds):
+        reference, picture = _pixels(taken[REFERENCE]), _pixels(taken[name])
+        plain = picture_distance(reference, picture)
+        found.append(
+            _Distance(
+                **vars(plain),
+                lpips=None if learned.lpips is None else learned.lpips(reference, picture),
+                clip_score=None if scores is None else scores[index],
+            )
+        )
+    return found
 
 
 def _pictures(
     measured: Measured,
-    distances: Mapping[str, Sequence[PictureDistance]],
+    distances: Mapping[str, Sequence[_Distance]],
     judgements: Mapping[str, Judgement],
     folder: Path,
 ) -> tuple[Picture, ...]:
@@ -124,6 +145,8 @@ def _pictures(
                     psnr_db=distances[name][index].psnr_db,
                     ssim=distances[name][index].ssim,
                     flip=distances[name][index].flip,
+                    lpips=distances[name][index].lpips,
+                    clip_score=distances[name][index].clip_score,
                     adherence=judgements[name].per_image[index] if name in judgements else None,
                 )
                 for name, shot in taken.items()
@@ -136,7 +159,7 @@ def _pictures(
 def _row(
     contestant: Contestant,
     measured: Measured,
-    distances: Sequence[PictureDistance],
+    distances: Sequence[_Distance],
     judgement: Judgement | None,
 ) -> Row:
     name, reference = contestant.name, contestant.name == REFERENCE
@@ -163,6 +186,8 @@ def _row(
         psnr_db=float(np.mean(psnr)),
         ssim=_mean([distance.ssim for distance in distances]),
         flip=_mean([distance.flip for distance in distances]),
+        lpips=_mean([distance.lpips for distance in distances]),
+        clip_score=_mean([distance.clip_score for distance in distances]),
         sqnr_db=pooled,
         sqnr_db_per_step=steps,
         latent_cosine_per_step=_cosines(measured.cosines.get(name, [])),
@@ -189,12 +214,14 @@ def _texture(distances: Sequence[PictureDistance]) -> float | None:
 
 
 def _intervals(
-    distances: Sequence[PictureDistance], judgement: Judgement | None
+    distances: Sequence[_Distance], judgement: Judgement | None
 ) -> dict[str, tuple[float, float]]:
     values: dict[str, Sequence[float | None]] = {
         "psnr_db": [distance.psnr_db for distance in distances],
         "ssim": [distance.ssim for distance in distances],
         "flip": [distance.flip for distance in distances],
+        "lpips": [distance.lpips for distance in distances],
+        "clip_score": [distance.clip_score for distance in distances],
         "adherence": [] if judgement is None else list(judgement.per_image),
     }
     found = {}

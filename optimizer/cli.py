@@ -22,7 +22,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
-@click.option("--solver", help="rtn, mse, hqq or gptq [default: what suits the level]")
+@click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
 @click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")
 @click.option(
@@ -101,7 +101,7 @@ def compile_command(
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="JSON file.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
-@click.option("--solver", help="rtn, mse, hqq or gptq [default: gptq]")
+@click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: gptq]")
 @click.option("--backend", help="openvino, onnxruntime or eager [default: the profile's]")
 @click.option("--steps", type=int, help="Of the denoising runs.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text file, a prompt a line.")

@@ -10,9 +10,10 @@ __all__ = ["clean", "name_transposed"]
 
 
 def clean(model: ir.Model) -> None:
-    """Merge equal scales and repeated Q/DQ, pack 4-bit codes, strip the exporter's metadata."""
+    """Merge equal scales and repeated Q/DQ, fold multipliers, pack 4-bit codes, strip metadata."""
     _share_small_initializers(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)
+    _fold_multipliers(model.graph)
     _pack_int4(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _strip(model)
@@ -27,11 +28,11 @@ def name_transposed(graph: ir.Graph) -> None:
 
 
 def _share_small_initializers(graph: ir.Graph) -> None:
-    """Let equal scalars be one value, so that equal Quantize nodes are seen to be equal."""
+    """Let equal scalars, and multipliers, be one, so that equal Quantize nodes are seen to be."""
     first: dict[tuple[object, ...], ir.Value] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.size > 1:
+        if tensor is None or (tensor.size > 1 and not _is_multiplier(value)):
             continue
         array = tensor.numpy()
         key = (tensor.dtype, array.shape, array.tobytes())
@@ -40,6 +41,31 @@ def _share_small_initializers(graph: ir.Graph) -> None:
             value.replace_all_uses_with(kept)
             if not value.is_graph_output():
                 del graph.initializers[value.name or ""]
+
+
+def _is_multiplier(value: ir.Value | None) -> bool:
+    """Whether it is one of runners.quantized's, or a reshaped one."""
+    return value is not None and value.is_initializer() and ".multiplier" in (value.name or "")
+
+
+def _fold_multipliers(graph: ir.Graph) -> None:
+    """Let a LayerNormalization whose output is only multiplied give the product itself."""
+    for node in list(graph):
+        if node.op_type != "Mul" or not any(_is_multiplier(value) for value in node.inputs):
+            continue
+        x, multiplier = sorted(node.inputs, key=_is_multiplier)
+        norm = x.producer() if x is not None else None
+        if norm is None or norm.op_type != "LayerNormalization" or len(x.uses()) != 1:
+            continue
+        ends = [value for value in norm.inputs[1:] if value is not None]
+        if not all(value.is_initializer() and len(value.uses()) == 1 for value in ends):
+            continue
+        factor = multiplier.const_value.numpy()
+        for value in ends:
+            product = value.const_value.numpy() * factor
+            value.const_value = ir.tensor(product.astype(np.float32), name=value.name)
+        node.outputs[0].replace_all_uses_with(x)
+        graph.remove(node, safe=True)
 
 
 _PACKED = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}

@@ -169,7 +169,9 @@ class QuantizedLayer(nn.Module):
     `codes`: [out, in, ...], int8 (int8, int4), uint8 (uint4, nf4, nvfp4) or float8_e4m3fn; `scale`:
     [out] or [out, in/group, ...] (nf4: [out, in * places / 64]); `zero`: uint8, as scale (uint4);
     `activation_scale`: 0-d, present where the input is rounded, and `activation_zero_point`: 0-d
-    uint8, where that is not around zero; `output_scale`: 0-d, where the output is rounded to int8;
+    uint8, where that is not around zero; `multiplier` [in] or, of a convolution, [in, 1, 1]: powers
+    of two that the input is multiplied with before it is rounded (the codes are of the weight
+    divided by them); `output_scale`: 0-d, where the output is rounded to int8;
     `down` [rank, in, ...] and `up` [out, rank, ...]: what is added to the product; `bias`: [out].
     """
 
@@ -178,6 +180,7 @@ class QuantizedLayer(nn.Module):
     zero: Tensor | None
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
+    multiplier: Tensor | None
     output_scale: Tensor | None
     down: Tensor | None
     up: Tensor | None
@@ -227,6 +230,8 @@ class QuantizedLayer(nn.Module):
 
     def _rounded_input(self, x: Tensor) -> Tensor:
         ops, scale = torch.ops.kiln, self.activation_scale
+        if self.multiplier is not None:
+            x = x * self.multiplier
         found = x
         if scale is not None and self.quantization.format == "fp8":
             found = ops.quantize_dequantize_fp8(x, scale)
@@ -252,6 +257,7 @@ _BUFFERS = (
     "zero",
     "activation_scale",
     "activation_zero_point",
+    "multiplier",
     "output_scale",
     "down",
     "up",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["tiny_sd"]
+__all__ = ["TINY_TOKENS", "tiny_sd", "tiny_tokenizer"]
 
-_TOKENS = 32
+TINY_TOKENS = 32
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 
 
@@ -17,10 +17,10 @@ def _vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=_TOKENS)
+    return CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=TINY_TOKENS)
 
 
 def _text_encoder() -> Any:
@@ -34,7 +34,7 @@ def _text_encoder() -> Any:
         projection_dim=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=_TOKENS,
+        max_position_embeddings=TINY_TOKENS,
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
@@ -83,7 +83,7 @@ def tiny_sd(folder: Path, *, seed: int = 0) -> Path:
         pipeline = StableDiffusionPipeline(
             vae=_vae(),
             text_encoder=_text_encoder(),
-            tokenizer=_tokenizer(),
+            tokenizer=tiny_tokenizer(),
             unet=_unet(),
             scheduler=DDIMScheduler(
                 beta_start=0.00085,

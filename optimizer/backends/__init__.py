@@ -51,7 +51,7 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime",
             "optimizer.backends.onnxruntime",
             _INTEGERS,
-            frozenset({("w4a16", 2), ("w4a16-zero-points", 2)}),
+            frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
         ),
         Backend(
             "eager",

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.quantize import floats, lowrank
-from optimizer.quantize.observe import LayerStatistics, best_range, output_of
+from optimizer.quantize.observe import LayerStatistics, output_of
 from optimizer.quantize.policy import Policy
+from optimizer.quantize.ranges import best_range
 from optimizer.quantize.schemes import W4A16, W8A8, Fp8, Nf4, Nvfp4, Scheme
+from optimizer.quantize.smoothing import Smoothing, smoothing
 from optimizer.quantize.solvers import SOLVERS
 from optimizer.quantize.solvers.grid import Grid, Inputs, as_matrix, from_matrix
 from runners.quantized import FP8_MAX, Quantization, QuantizedLayer, convolution_of
@@ -48,10 +50,37 @@ def quantized_layers(
 ) -> dict[str, QuantizedLayer]:
     """The quantized form of every planned layer; `on_layer` is called after each."""
     layers = quantizable_layers(root)
+    smooth = _smoothings(layers, schemes, statistics, solver)
     found = {}
     for name, scheme in schemes.items():
-        found[name] = quantized_layer(name, layers[name], scheme, statistics, solver)
+        found[name] = _quantized(name, layers[name], scheme, statistics, solver, smooth.get(name))
         on_layer()
+    return found
+
+
+@torch.no_grad()
+def _smoothings(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    schemes: Mapping[str, Scheme],
+    statistics: Statistics,
+    solver: str,
+) -> dict[str, Smoothing | None]:
+    """What the inputs of W8A8 layers are multiplied with; layers that share an input share it.
+
+    Inputs that were always the same have the same energies, to the last bit.
+    """
+    sharing: dict[tuple[bytes, torch.Size, bool], list[str]] = {}
+    for name, scheme in schemes.items():
+        if isinstance(scheme, W8A8):
+            energy = _observed(statistics, name).channel_power.numpy().tobytes()
+            kernel = layers[name].weight.shape[2:]
+            sharing.setdefault((energy, kernel, scheme.zero_point), []).append(name)
+    found: dict[str, Smoothing | None] = {}
+    for (_, _, affine), names in sharing.items():
+        weights = [layers[name].weight.detach().float() for name in names]
+        by_channel = SOLVERS[solver].smooths
+        one = smoothing(weights, statistics[names[0]], affine=affine, by_channel=by_channel)
+        found |= dict.fromkeys(names, one)
     return found
 
 
@@ -67,7 +96,21 @@ def quantized_layer(
 
     `solver` finds the codes of the integer schemes; those of float types are the nearest.
     """
+    smooth = _smoothings({name: layer}, {name: scheme}, statistics, solver)
+    return _quantized(name, layer, scheme, statistics, solver, smooth.get(name))
+
+
+def _quantized(
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    scheme: Scheme,
+    statistics: Statistics,
+    solver: str,
+    smooth: Smoothing | None,
+) -> QuantizedLayer:
     weight = layer.weight.detach().float()
+    if smooth is not None:
+        weight = weight / smooth.multiplier
     form: Quantization
     tensors: dict[str, Tensor]
     match scheme:
@@ -80,17 +123,22 @@ def quantized_layer(
         case W4A16():
             form, tensors = _groups(weight, scheme, statistics.get(name), solver)
         case _:
-            form, tensors = _rows(weight, statistics.get(name), solver)
-    tensors |= _ends(name, scheme, statistics)
+            form, tensors = _rows(weight, statistics.get(name), solver, smooth)
+    tensors |= _ends(name, scheme, statistics, smooth)
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float()
     return QuantizedLayer(form, tensors, convolution_of(layer))
 
 
-def _rows(weight: Tensor, inputs: LayerStatistics | None, solver: str) -> _Found:
+def _rows(
+    weight: Tensor, inputs: LayerStatistics | None, solver: str, smooth: Smoothing | None
+) -> _Found:
     """int8 codes with one scale an output channel; GPTQ has nothing to win there."""
     matrix = as_matrix(weight)
     known = Inputs() if inputs is None else inputs.inputs(matrix.shape[1], covariance=False)
+    if smooth is not None and known.power is not None:
+        by_channel = known.power.view(-1, len(smooth.multiplier))
+        known = Inputs((by_channel * smooth.multiplier.flatten().square()).flatten())
     how = "mse" if solver == "gptq" else solver
     codes = SOLVERS[how].solve(matrix, Grid(-127, 127, matrix.shape[1]), known)
     tensors = {"codes": from_matrix(codes.codes, weight.shape), "scale": codes.scale.flatten()}
@@ -118,13 +166,19 @@ def _groups(weight: Tensor, scheme: W4A16, inputs: LayerStatistics | None, solve
     return Quantization("int4" if scheme.symmetric else "uint4", scheme.group), tensors
 
 
-def _ends(name: str, scheme: Scheme, statistics: Statistics) -> dict[str, Tensor]:
+def _ends(
+    name: str, scheme: Scheme, statistics: Statistics, smooth: Smoothing | None
+) -> dict[str, Tensor]:
     """The grids of the layer's input and output, where the scheme rounds them."""
     tensors: dict[str, Tensor] = {}
     if isinstance(scheme, Fp8):
         tensors["activation_scale"] = torch.tensor(_observed(statistics, name).peak / FP8_MAX)
     if isinstance(scheme, W8A8):
-        grid = best_range(_observed(statistics, name), affine=scheme.zero_point)
+        if smooth is not None:
+            grid = smooth.grid
+            tensors["multiplier"] = smooth.multiplier
+        else:
+            grid = best_range(_observed(statistics, name), affine=scheme.zero_point)
         tensors["activation_scale"] = torch.tensor(grid.scale)
         if grid.zero_point is not None:
             tensors["activation_zero_point"] = torch.tensor(grid.zero_point, dtype=torch.uint8)

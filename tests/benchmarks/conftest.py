@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.comparison import Activity, Comparison, Conditions, Settings
 from benchmarks.contestants import REFERENCE, Contestant
+from benchmarks.learned import NO_MEASURES, Learned
 from benchmarks.measure import Measured, Taken, Task
 from benchmarks.metrics import StepSqnr
 from benchmarks.tally import About, tally
@@ -107,12 +108,19 @@ def measurement(tmp_path: Path) -> Callable[..., Measured]:
 def compare_measured(tmp_path: Path) -> Callable[..., Comparison]:
     """Tally a measurement whose pictures lie under `tmp_path`."""
 
-    def make(result: Measured, *, busy: float = 0.0, judge: object = None) -> Comparison:
+    def make(
+        result: Measured,
+        *,
+        busy: float = 0.0,
+        judge: object = None,
+        learned: Learned = NO_MEASURES,
+    ) -> Comparison:
         return tally(
             result,
             contestants(tmp_path),
             about=about(tmp_path, busy=busy),
             judge=judge,  # type: ignore[arg-type]
+            learned=learned,
         )
 
     return make

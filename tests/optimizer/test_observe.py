@@ -5,13 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizer.quantize.observe import (
-    ActivationRange,
-    LayerStatistics,
-    best_range,
-    observing,
-    output_of,
-)
+from optimizer.quantize.observe import LayerStatistics, observing, output_of
+from optimizer.quantize.ranges import ActivationRange, best_range
 
 BINS = 2048
 
@@ -165,3 +160,60 @@ def test_outputs_are_observed_where_a_pattern_asks() -> None:
     assert sorted(found) == ["0", "1", output_of("1")]
     torch.testing.assert_close(found[output_of("1")].channel_power, y.square().mean(0))
     assert not model[1]._forward_hooks
+
+
+def test_peaks_and_sample_are_of_every_channel_and_bounded() -> None:
+    """The sample is spread over all calls: the last half of them has its share."""
+    batches = [normal(70, 6, seed=i) + i for i in range(300)]
+    found = statistics(*batches)
+    torch.testing.assert_close(found.peaks, torch.cat(batches).abs().amax(0))
+    assert 512 <= len(found.sample) <= 1024
+    assert found.sample.shape[1] == 6
+    late = (found.sample.float().mean(1) > 150).float().mean()
+    assert 0.4 < late < 0.6
+
+
+def test_the_largest_values_are_kept_beside_the_sample() -> None:
+    """One place in 9,000 is 100 times as large: each place stands for itself, the rest for many."""
+    batches = [normal(90, 6, seed=i) for i in range(100)]
+    batches[33][44] *= 100
+    found = statistics(*batches)
+    values, counts = found.typical
+    assert len(found.extremes) == 128
+    torch.testing.assert_close(found.extremes[0].float(), batches[33][44], rtol=1e-3, atol=1e-2)
+    assert counts.sum() == pytest.approx(9000)
+    assert counts[-1] == 1
+    energy = (counts[:, None] * values.square()).sum(0) / counts.sum()
+    torch.testing.assert_close(energy, found.channel_power, rtol=0.25, atol=0.0)
+
+
+def test_what_goes_on_from_a_state_ends_as_what_was_never_interrupted() -> None:
+    batches = [normal(70, 6, seed=i) for i in range(90)]
+    whole = statistics(*batches)
+    resumed = LayerStatistics.from_state(statistics(*batches[:41]).state())
+    for batch in batches[41:]:
+        resumed.add(batch, -1)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
+
+
+class Skipping(nn.Module):
+    """A convolution of a concatenation, and one of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = nn.Conv2d(5, 2, 1)
+        self.plain = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        joined = torch.cat([x, skip], dim=1)
+        return self.shortcut(joined.contiguous()) + self.plain(torch.cat([x, x])[:2] + 1)
+
+
+def test_the_parts_of_a_concatenated_input_are_seen() -> None:
+    model = Skipping()
+    with torch.no_grad(), observing(model, ["shortcut", "plain"]) as found:
+        model(normal(2, 3, 4, 4), normal(2, 2, 4, 4))
+    assert found["shortcut"].parts == (3, 2)
+    assert found["plain"].parts == ()
+    assert LayerStatistics.from_state(found["shortcut"].state()).parts == (3, 2)

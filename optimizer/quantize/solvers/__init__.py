@@ -23,6 +23,8 @@ class Solver:
     module: str
     needs: str
     """What it wants to know of a layer's inputs: "nothing", "power" or "covariance"."""
+    smooths: bool = False
+    """Whether layers with rounded inputs are smoothed (SmoothQuant)."""
 
     @property
     def solve(self) -> Solve:
@@ -38,6 +40,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("mse", "optimizer.quantize.solvers.clipping", "power"),
         Solver("hqq", "optimizer.quantize.solvers.hqq", "nothing"),
         Solver("gptq", "optimizer.quantize.solvers.gptq", "covariance"),
+        Solver("smoothquant", "optimizer.quantize.solvers.clipping", "power", smooths=True),
     )
 }
 

@@ -229,7 +229,7 @@ def _text(document: dict[str, Any]) -> str:
         lines.append(f"Stable Diffusion 1.5's UNet, random weights, {found['threads']} threads:")
         for name, row in found["rows"].items():
             lines.append(
-                f"  {name:<22}{row['seconds']:>8.3f} s{row['speedup']:>7.2f}x  {row['sqnr_db']} dB"
+                f"  {name:<26}{row['seconds']:>8.3f} s{row['speedup']:>7.2f}x  {row['sqnr_db']} dB"
             )
     if found := document.get("quantize"):
         lines.append("quantizing Stable Diffusion 1.5's UNet:")

@@ -135,7 +135,8 @@ def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
 
 
 def make_ours(model: Path, quant: str, out: Path) -> None:
-    """Quantize with kiln's default policy, export and build for OpenVINO: engine/ and info.json."""
+    """Quantize with kiln's default policy, export, build for both runtimes; also info.json."""
+    from optimizer.backends import onnxruntime as other
     from optimizer.backends import openvino as builder
     from optimizer.families.sd1 import SD1
     from optimizer.prepare import run_module
@@ -158,6 +159,8 @@ def make_ours(model: Path, quant: str, out: Path) -> None:
     _export(wrapper, calls, out)
     (out / "engine").mkdir()
     builder.build(out, out / "engine", dtype="bf16", role="denoiser")
+    (out / "engine-onnxruntime").mkdir()
+    other.build(out, out / "engine-onnxruntime", dtype="fp32", role="denoiser")
     info = {"quantize_seconds": round(seconds, 1), "oracle_sqnr_db": round(oracle, 2)}
     (out / "info.json").write_text(json.dumps(info), "utf-8")
 
@@ -217,10 +220,14 @@ def compare_engines(folders: dict[str, Path], threads: int, out: Path) -> None:
         median = statistics.median(found)
         rows[name].update(seconds=round(median, 4), speedup=round(base / median, 3))
         rows[name]["spread"] = round((max(found) - min(found)) / median, 3)
-    for name, stage in (("kiln int8", "ours"), ("NNCF int8", "nncf"), ("kiln bf16", "plain")):
-        files = list((folders[stage] / "engine").iterdir())
-        rows[name]["bytes"] = sum(path.stat().st_size for path in files)
-        info = folders[stage] / "info.json"
+    for name, engine in (
+        ("kiln int8", folders["ours"] / "engine"),
+        ("kiln int8 on ONNX Runtime", folders["ours"] / "engine-onnxruntime"),
+        ("NNCF int8", folders["nncf"] / "engine"),
+        ("kiln bf16", folders["plain"] / "engine"),
+    ):
+        rows[name]["bytes"] = sum(path.stat().st_size for path in engine.iterdir())
+        info = engine.with_name("info.json")
         rows[name] |= json.loads(info.read_text("utf-8")) if info.is_file() else {}
     (out / "rows.json").write_text(json.dumps(rows), "utf-8")
 
@@ -244,9 +251,10 @@ def _contestants(folders: dict[str, Path], threads: int) -> dict[str, Callable[[
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(
-        folders["plain"] / "model.onnx", options, providers=["CPUExecutionProvider"]
-    )
+
+    def session(path: Path) -> Callable[[Call], Any]:
+        opened = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda call: opened.run(None, call.feeds(signature))[0]
 
     def engine(stage: str) -> Callable[[Call], Any]:
         opened = _open_engine(folders[stage] / "engine", threads)
@@ -255,7 +263,8 @@ def _contestants(folders: dict[str, Path], threads: int) -> dict[str, Callable[[
     return {
         "diffusers eager fp32": lambda call: run_module(wrapper, call).outputs[0],
         "diffusers eager bf16": eager_bf16,
-        "ONNX Runtime fp32": lambda call: session.run(None, call.feeds(signature))[0],
+        "ONNX Runtime fp32": session(folders["plain"] / "model.onnx"),
+        "kiln int8 on ONNX Runtime": session(folders["ours"] / "engine-onnxruntime" / "model.onnx"),
         "kiln bf16": engine("plain"),
         "kiln int8": engine("ours"),
         "NNCF int8": engine("nncf"),

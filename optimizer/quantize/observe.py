@@ -17,6 +17,7 @@ from optimizer.quantize.solvers.grid import Inputs
 
 __all__ = ["LayerStatistics", "observing", "output_of"]
 
+_HALF_MAX = 65504.0
 _SAMPLE, _PLACES, _EXTREMES = 1024, 32, 128
 """Rows of a layer's sample, those that a call gives at most, and rows of extremes: together 2.9 MB
 for 1,280 channels."""
@@ -73,7 +74,7 @@ class LayerStatistics:
         """Add places of every so many calls to the sample, other places each time."""
         if self._calls % self._every == 0:
             step = -(-len(channels) // _PLACES)
-            picked = channels[self._calls % step :: step].half()
+            picked = _half(channels[self._calls % step :: step])
             self.sample = torch.cat((self.sample, picked)) if len(self.sample) else picked
             if len(self.sample) > _SAMPLE:
                 self.sample, self._every = self.sample[::2].contiguous(), 2 * self._every
@@ -81,7 +82,7 @@ class LayerStatistics:
 
     def _keep_extremes(self, channels: Tensor, sizes: Tensor) -> None:
         """Keep the places with the largest values of all calls so far."""
-        top = channels[sizes.topk(min(_EXTREMES, len(sizes))).indices].half()
+        top = _half(channels[sizes.topk(min(_EXTREMES, len(sizes))).indices])
         if len(self.extremes):
             top = torch.cat((self.extremes, top))
             order = top.abs().amax(1).topk(min(_EXTREMES, len(top))).indices
@@ -149,6 +150,11 @@ class LayerStatistics:
         if self.energy is None:
             raise ValueError("the layer was never called")
         return (self.energy / max(self.count, 1)).float()
+
+
+def _half(values: Tensor) -> Tensor:
+    """In fp16, the largest of which stands for what is larger."""
+    return values.clamp(-_HALF_MAX, _HALF_MAX).half()
 
 
 def output_of(layer: str) -> str:

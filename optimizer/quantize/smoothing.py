@@ -58,6 +58,8 @@ def smoothing(
 
     None where nothing loses clearly less than the input as it is.
     """
+    if len(statistics.parts) < 2 and not by_channel:
+        return None
     sides = _Weights(weights)
     plain, _ = _noise(torch.ones(len(statistics.peaks)), sides, statistics, best_range, affine)
     best, found = plain, None

@@ -187,6 +187,12 @@ def test_the_largest_values_are_kept_beside_the_sample() -> None:
     torch.testing.assert_close(energy, found.channel_power, rtol=0.25, atol=0.0)
 
 
+def test_values_beyond_fp16_stay_finite() -> None:
+    found = statistics(normal(90, 6) * 1e6)
+    assert bool(torch.isfinite(found.typical[0]).all())
+    assert found.peak > 1e6
+
+
 def test_what_goes_on_from_a_state_ends_as_what_was_never_interrupted() -> None:
     batches = [normal(70, 6, seed=i) for i in range(90)]
     whole = statistics(*batches)

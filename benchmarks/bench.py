@@ -26,7 +26,7 @@ _HELP_RUNS = 9
 @click.command()
 @click.option(
     "--section",
-    type=click.Choice(["startup", "compile", "reference", "full-size", "quantize"]),
+    type=click.Choice(["startup", "compile", "reference", "full-size", "quantize", "analyze"]),
     multiple=True,
     help="Only this section; may be given several times.",
 )
@@ -196,12 +196,37 @@ def _quantize(_out: Path, console: Console) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def _analyze(_out: Path, console: Console) -> dict[str, Any]:
+    """`kiln analyze` of Stable Diffusion 1.5 at full size, random weights, with its defaults."""
+    from optimizer.worker import run_stage
+
+    with tempfile.TemporaryDirectory() as private:
+        model = Path(private) / "model"
+        model.mkdir()
+        with console.stage("Full-size model: make weights") as stage:
+            run_stage("benchmarks.full_models:make_sd15", (model,), progress=stage.progress)
+        environment = {**os.environ, "KILN_CACHE": str(Path(private) / "cache")}
+        found = Path(private) / "sensitivity.json"
+        command = [sys.executable, "-m", "runners.cli", "analyze", str(model), "-o", str(found)]
+        with console.stage("Full-size model: kiln analyze"):
+            seconds, peak = _watched(command, environment)
+        layers = json.loads(found.read_text("utf-8"))["layers"]
+    return {
+        "seconds": round(seconds, 1),
+        "limit_seconds": 1800,
+        "peak_rss_bytes": peak,
+        "layers": len(layers),
+        "losses": sum(len(layer["losses"]) for layer in layers.values()),
+    }
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
     "reference": _reference,
     "full-size": _full_size,
     "quantize": _quantize,
+    "analyze": _analyze,
 }
 
 
@@ -238,4 +263,9 @@ def _text(document: dict[str, Any]) -> str:
                 f"  {name:<12}{row['seconds']:>8.1f} s, peak {row['peak_vs_fp32']}x of fp32, "
                 f"{row['bytes_vs_fp32']:.3f}x of fp32 bytes, {row['sqnr_db']} dB"
             )
+    if found := document.get("analyze"):
+        lines.append(
+            f"kiln analyze of Stable Diffusion 1.5: {found['seconds']} s for {found['losses']} "
+            f"losses of {found['layers']} layers, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB"
+        )
     return "\n".join(lines)

@@ -16,20 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_models import SD15_UNET
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.numerics import sqnr_db
-from optimizer.plan import predicted_bytes
 from optimizer.progress import Progress, Steps
+from optimizer.sizes import predicted_bytes
 
 __all__ = ["compare_engines", "make_nncf", "make_ours", "make_plain", "make_weights", "quantize"]
-
-UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-"""Stable Diffusion 1.5's unet/config.json where it differs from diffusers' defaults."""
 
 _CALIBRATION, _HELD_OUT = 6, 2
 _ROUNDS = 6
@@ -45,7 +38,7 @@ def make_weights(out: Path, progress: Progress) -> None:
     from runners.modules import WRAPPERS
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**UNET).eval()
+    unet = UNet2DConditionModel(**SD15_UNET).eval()
     unet.save_pretrained(out / "unet")
     wrapper = WRAPPERS["denoiser"](unet)
     generator = np.random.default_rng(0)
@@ -297,7 +290,7 @@ def _signature() -> Any:
     from optimizer.families.sd1 import SD1
 
     configs = {
-        "unet": {**UNET, "in_channels": 4, "out_channels": 4},
+        "unet": {**SD15_UNET, "in_channels": 4, "out_channels": 4},
         "text_encoder": {"max_position_embeddings": 77, "hidden_size": 768},
         "vae": {
             "block_out_channels": [128, 256, 512, 512],

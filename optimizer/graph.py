@@ -44,7 +44,7 @@ def _share_small_initializers(graph: ir.Graph) -> None:
 
 
 def _is_multiplier(value: ir.Value | None) -> bool:
-    """Whether it is one of runners.quantized's, or a reshaped one."""
+    """Whether it is one of runners.quantized's."""
     return value is not None and value.is_initializer() and ".multiplier" in (value.name or "")
 
 

@@ -8,71 +8,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from optimizer.backends import BACKENDS
 from optimizer.backends import backend as backend_named
+from optimizer.calibration import Calibration, calibration_of
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
-from optimizer.prompts import NEUTRAL, read_prompts
 from optimizer.quantize.budget import require_reachable
+from optimizer.quantize.candidates import candidates
 from optimizer.quantize.policy import AUTO, Policy, default_policy
-from optimizer.quantize.schemes import KEEP, W4A16, W8A8, Scheme, Shape
+from optimizer.quantize.schemes import KEEP, W4A16, Scheme
 from optimizer.recipe import Recipe, parse_budget
+from optimizer.sizes import layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from runners.signature import Signature
 
-__all__ = [
-    "GRAPH_BYTES",
-    "LARGE",
-    "Calibration",
-    "Job",
-    "Plan",
-    "layer_shapes",
-    "make_plan",
-    "predicted_bytes",
-    "with_policy",
-]
-
-GRAPH_BYTES = 500
-"""Of graph, small constants and padding for each parameter (seen: 0.2 MB for 440)."""
+__all__ = ["Job", "Plan", "make_plan", "with_policy"]
 
 _GPTQ = ("int4", "int4-dyn", AUTO)
 """Levels whose codes GPTQ finds where no solver is named; the others gain nothing from it."""
-
-LARGE = 50_000_000
-"""Denoisers of more parameters are calibrated on few prompts: a step takes seconds, not ms."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The denoising runs that ranges are taken from and quality is measured on."""
-
-    prompts: tuple[str, ...]
-    """Runs that activation ranges come from."""
-    held_out: tuple[str, ...]
-    """Runs that SQNR is measured on; never calibrated with."""
-    trial: tuple[str, ...]
-    """Runs that sensitivities are measured on; others, because codes fit the runs that they were
-    found with better than new ones (by 6 dB on the reference model, with GPTQ)."""
-    covariance_prompts: tuple[str, ...]
-    """Runs that GPTQ's covariances come from: `prompts` and more (24 runs instead of 8 were worth
-    3 dB on the reference model, at equal bytes)."""
-    steps: int
-    guidance: float
-    seed: int
-    """Of the first of all prompts; each has its own noise."""
-
-    @property
-    def all_prompts(self) -> tuple[str, ...]:
-        """Every prompt, once, the held-out ones first."""
-        return tuple(dict.fromkeys((*self.held_out, *self.covariance_prompts, *self.trial)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +62,7 @@ class Job:
     @property
     def candidates(self) -> tuple[Scheme, ...]:
         """The schemes that `--quant auto` tries every layer with, beside keeping it."""
-        return _candidates(self.parameters, self.backend)
+        return candidates(self.parameters, self.backend)
 
     @property
     def dynamic(self) -> bool:
@@ -187,7 +148,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
     size = max(job.parameters for job in jobs)
-    calibration = _calibration(resolved, source.folder, size, guidance)
+    calibration = calibration_of(resolved, source.folder, size, guidance)
     plan = Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
     if plan.undecided and resolved.budget is not None:
         job = plan.denoiser
@@ -256,7 +217,7 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
     fixed = predicted_bytes(shapes, {}, float_bytes) - float_bytes * sum(
         math.prod(shape) for shape in layers.values()
     )
-    tried = (*_candidates(parameters, recipe.backend), KEEP)
+    tried = (*candidates(parameters, recipe.backend), KEEP)
     return Job(
         spec=spec,
         backend=recipe.backend,
@@ -281,16 +242,6 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
     )
 
 
-def _candidates(parameters: int, backend: str) -> tuple[Scheme, ...]:
-    """8 bits with rounded inputs, which is fast, and 4 bits in groups of two sizes.
-
-    A large model is tried with one size, to halve the time.
-    """
-    small = () if parameters > LARGE else (W4A16(group=32),)
-    tried: tuple[Scheme, ...] = (W8A8(), W4A16(), *small)
-    return tuple(s for s in tried if s.format in backend_named(backend).formats)
-
-
 def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
     """The component's policy; where it is still to be solved for, that of int8 stands in."""
     quant, solver = str(recipe.quant), str(recipe.solver)
@@ -313,29 +264,6 @@ def _require_formats(schemes: Iterable[Scheme], recipe: Recipe) -> None:
         )
 
 
-def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The linears and 2-d convolutions among parameters: weights of 2 or 4 axes, no embeddings."""
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and "embedding.weight" not in name
-    }
-
-
-def predicted_bytes(
-    shapes: Mapping[str, Shape], low_bit: Mapping[str, Scheme], float_bytes: int
-) -> int:
-    """Of an engine's files: weights by their schemes, and the graph."""
-    total = GRAPH_BYTES * len(shapes)
-    for name, shape in shapes.items():
-        scheme = low_bit.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if scheme is None:
-            total += math.prod(shape) * float_bytes
-        else:
-            total += scheme.stored_bytes(shape, float_bytes)
-    return total
-
-
 def _defaults(folder: Path) -> dict[str, int | float]:
     """Steps and guidance that the model's own kiln.json recommends."""
     path = folder / "kiln.json"
@@ -343,27 +271,3 @@ def _defaults(folder: Path) -> dict[str, int | float]:
         return {}
     document: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return {key: document[key] for key in ("steps", "guidance") if key in document}
-
-
-def _calibration(recipe: Recipe, folder: Path, parameters: int, guidance: float) -> Calibration:
-    """Prompts of the recipe, else of the model's own list where it has one, else kiln's."""
-    own = folder / "prompts" / "calibration.txt"
-    path = own if own.is_file() else NEUTRAL
-    prompts = list(dict.fromkeys(recipe.calibration or read_prompts(path)))
-    runs, held_out, trial, more = (2, 1, 1, 0) if parameters > LARGE else (8, 4, 2, 16)
-    needed = runs + held_out + trial + more
-    if len(prompts) < needed:
-        where = "--calibration" if recipe.calibration else str(path)
-        raise SpecError(
-            f"{where} holds {len(prompts)} different prompts, and {needed} are needed: add some."
-        )
-    calibrating, rest = prompts[:runs], prompts[runs:needed]
-    return Calibration(
-        prompts=tuple(calibrating),
-        held_out=tuple(rest[:held_out]),
-        trial=tuple(rest[held_out : held_out + trial]),
-        covariance_prompts=(*calibrating, *rest[held_out + trial :]),
-        steps=recipe.steps or 20,
-        guidance=guidance,
-        seed=recipe.seed,
-    )

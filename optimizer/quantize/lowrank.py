@@ -29,6 +29,24 @@ def correction(matrix: Tensor, codes: Codes, inputs: Inputs, rank: int) -> Thin:
     error = matrix - codes.dequantized()
     weight = torch.ones(matrix.shape[1]) if inputs.power is None else inputs.power.sqrt()
     weight = weight.clamp_min(weight.mean() * 1e-2)
-    left, values, right = torch.linalg.svd(error * weight, full_matrices=False)
-    half = values[:rank].sqrt()
-    return Thin(down=half[:, None] * right[:rank] / weight, up=left[:, :rank] * half)
+    seen = error * weight
+    left = _largest_left(seen, rank)
+    right = left.T @ seen
+    half = torch.linalg.vector_norm(right, dim=1).sqrt().clamp_min(1e-30)
+    return Thin(down=right / half[:, None] / weight, up=left * half)
+
+
+def _largest_left(matrix: Tensor, rank: int) -> Tensor:
+    """The left singular vectors [rows, rank] of the largest singular values.
+
+    From the Gram matrix of the shorter side: a convolution has ten or more times as many columns
+    as rows, and a full decomposition would take as much longer.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    short = matrix if wide else matrix.T
+    vectors: Tensor = torch.linalg.eigh(short @ short.T).eigenvectors
+    largest = vectors[:, len(vectors) - rank :]
+    if wide:
+        return largest
+    basis: Tensor = torch.linalg.qr(matrix @ largest).Q
+    return basis

@@ -19,7 +19,7 @@ from torch import nn
 from optimizer.calls import Call, resized
 from optimizer.load import load_module
 from optimizer.numerics import Sqnr
-from optimizer.plan import LARGE, Job, Plan
+from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import quantizable_layers, quantized_layer
 from optimizer.quantize.observe import LayerStatistics
@@ -27,6 +27,7 @@ from optimizer.quantize.schemes import W8A8, Scheme
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, LayerLosses, Loss, Sensitivity
 from optimizer.record import load_statistics, trial_calls
 from optimizer.replay import Replay
+from optimizer.sizes import LARGE
 from runners.modules import WRAPPERS
 from runners.quantized import insert_quantized
 

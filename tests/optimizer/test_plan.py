@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from optimizer.compile import plan_recipe
-from optimizer.plan import GRAPH_BYTES, Plan, make_plan, with_policy
+from optimizer.plan import Plan, make_plan, with_policy
 from optimizer.quantize.policy import Policy, Rule
 from optimizer.quantize.schemes import W4A16
 from optimizer.recipe import Recipe
+from optimizer.sizes import GRAPH_BYTES
 from optimizer.source import resolve
 from profiles import hardware, profile
 from profiles.errors import SpecError, UnsupportedError

@@ -240,6 +240,18 @@ def test_a_correction_of_full_rank_leaves_no_error_and_of_less_rank_less() -> No
     assert errors[-1] < 1e-6 * errors[0]
 
 
+@pytest.mark.parametrize("shape", [(24, 96), (160, 64)])
+def test_a_correction_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
+    matrix = weight(shape)
+    codes = SOLVERS["rtn"].solve(matrix, Grid(-7, 7, 32), Inputs())
+    error = matrix - codes.dequantized()
+    thin = correction(matrix, codes, Inputs(), 5)
+    left = float((error - thin.up @ thin.down).square().sum())
+    least = float(torch.linalg.svdvals(error)[5:].square().sum())
+    assert left == pytest.approx(least, rel=1e-4)
+    assert torch.equal(thin.up, correction(matrix, codes, Inputs(), 5).up)
+
+
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

@@ -1,0 +1,23 @@
+"""Which schemes `--quant auto` tries every layer with."""
+
+from __future__ import annotations
+
+from optimizer.backends import backend as backend_named
+from optimizer.quantize.schemes import W4A16, W8A8, Scheme
+from optimizer.sizes import LARGE
+
+__all__ = ["candidates"]
+
+_SMALL = (W4A16(group=32), W4A16(group=32, rank=8), W4A16(group=32, rank=16))
+_LARGE = (W4A16(rank=32),)
+
+
+def candidates(parameters: int, backend: str) -> tuple[Scheme, ...]:
+    """8 bits with rounded inputs, which is fast, and 4 bits: plain, and in what costs more bytes.
+
+    That is smaller groups and corrections of low rank; the budget decides where they pay. A large
+    model is tried with fewer, to halve the time.
+    """
+    finer = _LARGE if parameters > LARGE else _SMALL
+    tried: tuple[Scheme, ...] = (W8A8(), W4A16(), *finer)
+    return tuple(s for s in tried if s.format in backend_named(backend).formats)

@@ -1,0 +1,40 @@
+"""What an engine's files weigh, from the parameters' shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from optimizer.quantize.schemes import Scheme, Shape
+
+__all__ = ["GRAPH_BYTES", "LARGE", "layer_shapes", "predicted_bytes"]
+
+GRAPH_BYTES = 500
+"""Of graph, small constants and padding for each parameter (seen: 0.2 MB for 440)."""
+
+LARGE = 50_000_000
+"""Denoisers of more parameters are calibrated and measured on little: a step takes seconds, not
+ms."""
+
+
+def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The linears and 2-d convolutions among parameters: weights of 2 or 4 axes, no embeddings."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4) and "embedding.weight" not in name
+    }
+
+
+def predicted_bytes(
+    shapes: Mapping[str, Shape], low_bit: Mapping[str, Scheme], float_bytes: int
+) -> int:
+    """Of an engine's files: weights by their schemes, and the graph."""
+    total = GRAPH_BYTES * len(shapes)
+    for name, shape in shapes.items():
+        scheme = low_bit.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if scheme is None:
+            total += math.prod(shape) * float_bytes
+        else:
+            total += scheme.stored_bytes(shape, float_bytes)
+    return total

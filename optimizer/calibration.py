@@ -10,7 +10,7 @@ from optimizer.recipe import Recipe
 from optimizer.sizes import LARGE
 from profiles.errors import SpecError
 
-__all__ = ["Calibration", "calibration_of"]
+__all__ = ["Calibration", "calibration_of", "default_steps"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,16 @@ class Calibration:
         return tuple(dict.fromkeys((*self.held_out, *self.covariance_prompts, *self.trial)))
 
 
+def default_steps(parameters: int) -> int:
+    """Of a denoising run: 20, as most users draw; of a large model, two of 16 make 32 calls."""
+    return 16 if parameters > LARGE else 20
+
+
 def calibration_of(recipe: Recipe, folder: Path, parameters: int, guidance: float) -> Calibration:
-    """Prompts of the recipe, else of the model's own list where it has one, else kiln's."""
+    """Prompts of the recipe, else of the model's own list where it has one, else kiln's.
+
+    `parameters`: of the model's largest component.
+    """
     own = folder / "prompts" / "calibration.txt"
     path = own if own.is_file() else NEUTRAL
     prompts = list(dict.fromkeys(recipe.calibration or read_prompts(path)))
@@ -56,7 +64,7 @@ def calibration_of(recipe: Recipe, folder: Path, parameters: int, guidance: floa
         held_out=tuple(rest[:held_out]),
         trial=tuple(rest[held_out : held_out + trial]),
         covariance_prompts=(*calibrating, *rest[held_out + trial :]),
-        steps=recipe.steps or 20,
+        steps=recipe.steps or default_steps(parameters),
         guidance=guidance,
         seed=recipe.seed,
     )

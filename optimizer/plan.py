@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from optimizer.backends import BACKENDS
 from optimizer.backends import backend as backend_named
-from optimizer.calibration import Calibration, calibration_of
+from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.candidates import candidates
 from optimizer.quantize.policy import AUTO, Policy, default_policy
-from optimizer.quantize.schemes import KEEP, W4A16, Scheme
+from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
 from optimizer.sizes import layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
@@ -129,7 +129,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     quant = recipe.quant or profile.quant
     ranges = _ranges(recipe, native, step)
     defaults = _defaults(source.folder)
-    steps = recipe.steps or int(defaults.get("steps", 20))
+    largest = max(_parameters(_shapes(spec, source)) for spec in known.components)
+    steps = recipe.steps or int(defaults.get("steps", default_steps(largest)))
     resolved = recipe.model_copy(
         update={
             "quant": quant,
@@ -147,8 +148,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     signatures = known.signatures(configs, ranges)
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
-    size = max(job.parameters for job in jobs)
-    calibration = calibration_of(resolved, source.folder, size, guidance)
+    calibration = calibration_of(resolved, source.folder, largest, guidance)
     plan = Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
     if plan.undecided and resolved.budget is not None:
         job = plan.denoiser
@@ -200,20 +200,14 @@ def _ranges(recipe: Recipe, native: int, step: int) -> Ranges:
 def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:
     """The job of one component, by a recipe with every None decided."""
     assert recipe.backend is not None
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in source.parameters(spec.folder).items()
-        if name.startswith(spec.prefixes)
-    }
-    if not shapes:
-        raise SpecError(f"{source.folder / spec.folder} has no weights for {spec.name}.")
+    shapes = _shapes(spec, source)
     layers = layer_shapes(shapes)
     policy = _policy(spec, recipe)
     planned = {name: policy.scheme(name, shape) for name, shape in layers.items()}
     low_bit = {name: scheme for name, scheme in planned.items() if scheme.bits < 16}
     _require_formats(low_bit.values(), recipe)
     float_bytes = 4 if recipe.dtype == "fp32" else 2
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = _parameters(shapes)
     fixed = predicted_bytes(shapes, {}, float_bytes) - float_bytes * sum(
         math.prod(shape) for shape in layers.values()
     )
@@ -240,6 +234,22 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
             for shape in layers.values()
         ),
     )
+
+
+def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:
+    """Of the component's parameters; SpecError where there are none."""
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in source.parameters(spec.folder).items()
+        if name.startswith(spec.prefixes)
+    }
+    if not shapes:
+        raise SpecError(f"{source.folder / spec.folder} has no weights for {spec.name}.")
+    return shapes
+
+
+def _parameters(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:

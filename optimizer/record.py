@@ -28,6 +28,7 @@ from optimizer.progress import Progress
 from optimizer.quantize.apply import quantizable_layers
 from optimizer.quantize.covariance import Covariance, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
+from optimizer.sizes import LARGE
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.modules import WRAPPERS
 
@@ -47,7 +48,7 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     with _denoiser(plan) as pipeline:
         for prompt in plan.calibration.held_out:
             with _calls(pipeline.unet) as found:
-                latents.append(_denoise(plan, pipeline, embeddings, prompt))
+                latents.append(_denoise(plan, pipeline, embeddings, prompt, plan.native_size))
             calls += found
             progress(len(calls), total)
     _save(calls, out / "unet.safetensors")
@@ -132,12 +133,19 @@ def _by_layer(reader: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def trial_calls(plan: Plan, recorded: Path) -> list[Call]:
-    """Some denoiser calls of the trial runs, evenly spread over the steps."""
+    """Some denoiser calls of the trial runs, evenly spread over the steps.
+
+    A large model's runs are of half its native side.
+    """
     kept: list[Call] = []
+    embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
+    side = plan.native_size
+    if plan.denoiser.parameters > LARGE:
+        side = max(1, side // 2 // plan.size_step) * plan.size_step
     with _denoiser(plan) as pipeline:
         for prompt in plan.calibration.trial:
             with _calls(pipeline.unet) as calls:
-                _run_all(plan, pipeline, recorded, (prompt,), lambda _done, _total: None, None)
+                _denoise(plan, pipeline, embeddings, prompt, side)
             count = min(_TRIAL_CALLS, len(calls))
             kept += [_as_call(calls[(2 * i + 1) * len(calls) // (2 * count)]) for i in range(count)]
     return kept
@@ -153,16 +161,15 @@ def _run_all(
     recorded: Path,
     prompts: tuple[str, ...],
     progress: Progress,
-    observed: _Observed | None,
+    observed: _Observed,
 ) -> None:
     """Run the prompts that weren't run before."""
     embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
-    done = observed.runs if observed is not None else 0
+    done = observed.runs
     for number, prompt in enumerate(prompts[done:], start=done + 1):
-        _denoise(plan, pipeline, embeddings, prompt)
+        _denoise(plan, pipeline, embeddings, prompt, plan.native_size)
         progress(number, len(prompts))
-        if observed is not None:
-            observed.keep(number)
+        observed.keep(number)
 
 
 def _load_tensor(path: Path, name: str) -> Tensor:
@@ -234,15 +241,17 @@ def _denoiser(plan: Plan) -> Iterator[Any]:
     yield pipeline
 
 
-def _denoise(plan: Plan, pipeline: Any, embeddings: dict[str, Tensor], prompt: str) -> Tensor:
+def _denoise(
+    plan: Plan, pipeline: Any, embeddings: dict[str, Tensor], prompt: str, side: int
+) -> Tensor:
     seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
     result = pipeline(
         prompt_embeds=embeddings[prompt],
         negative_prompt_embeds=embeddings[""],
         num_inference_steps=plan.calibration.steps,
         guidance_scale=plan.calibration.guidance,
-        height=plan.native_size,
-        width=plan.native_size,
+        height=side,
+        width=side,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type="latent",
     )

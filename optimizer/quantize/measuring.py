@@ -2,7 +2,7 @@
 
 It stays cheap because (a) the calls run as one batch, (b) whatever runs before the layer's block
 is replayed from memory (optimizer/replay.py), half of the work on average, and (c) a large model is
-run at half its native side, on fewer calls and without the unconditional half.
+run at half its native side, on fewer calls, without the unconditional half and with fewer schemes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from optimizer.calls import Call, resized
+from optimizer.calls import Call
 from optimizer.load import load_module
 from optimizer.numerics import Sqnr
 from optimizer.plan import Job, Plan
@@ -112,14 +112,11 @@ def _put_back(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _chosen(calls: list[Call], job: Job) -> list[Call]:
-    """All calls; of a large model some, smaller, and their last (conditional) half."""
+    """All calls; of a large model some, and their last (conditional) half."""
     if job.parameters <= LARGE:
         return calls
     some = calls[:: max(1, len(calls) // _LARGE_CALLS)][:_LARGE_CALLS]
-    sides = {"height": 2, "width": 2}
-    sizes = {dim.name: dim.nearest(dim.opt // sides.get(dim.name, 1)) for dim in job.signature.dims}
-    cut = [resized(call.inputs, job.signature, sizes) for call in some]
-    return [Call(tuple(array[len(array) // 2 :] for array in inputs), ()) for inputs in cut]
+    return [Call(tuple(array[len(array) // 2 :] for array in call.inputs), ()) for call in some]
 
 
 def batched(calls: Sequence[Call]) -> Call:

@@ -98,6 +98,8 @@ class W4A16(_Scheme):
     """Of the 16-bit correction of what rounding loses: two thin matrices beside the codes."""
     dynamic: bool = False
     """The runtime may round the input to 8 bits as it comes (OpenVINO's dynamic quantization)."""
+    linears_only: bool = False
+    """Convolutions get 8 bits, for backends that have no others in fewer."""
 
     @property
     def format(self) -> str:
@@ -117,6 +119,8 @@ class W4A16(_Scheme):
 
         One scale for a whole row of 4-bit codes would lose 5 dB or more (FACTS.md, weight SQNR).
         """
+        if self.linears_only and len(shape) > 2:
+            return W8A16()
         smaller = [g for g in (128, 64, 32, 16) if g <= self.group and shape[1] % g == 0]
         if not smaller or (smaller[0] < 32 and self.group >= 32):
             return W8A16()

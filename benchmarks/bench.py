@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,9 @@ _HELP_RUNS = 9
 @click.command()
 @click.option(
     "--section",
-    type=click.Choice(["startup", "compile", "reference", "full-size", "quantize", "analyze"]),
+    type=click.Choice(
+        ["startup", "compile", "reference", "full-size", "quantize", "analyze", "tensorrt"]
+    ),
     multiple=True,
     help="Only this section; may be given several times.",
 )
@@ -220,6 +223,34 @@ def _analyze(_out: Path, console: Console) -> dict[str, Any]:
     }
 
 
+_CARDS = ("8.6", "8.9", "12.0")
+
+
+def _tensorrt(_out: Path, console: Console) -> dict[str, Any]:
+    """Stable Diffusion 1.5's UNet as TensorRT-RTX engines for three architectures at once."""
+    from optimizer.worker import run_stage
+
+    backend, rows = "tensorrt-rtx", {}
+    with tempfile.TemporaryDirectory() as private:
+        weights = Path(private) / "weights"
+        weights.mkdir()
+        with console.stage("Full-size UNet: make weights") as stage:
+            run_stage("benchmarks.full_size:make_weights", (weights,), progress=stage.progress)
+        for quant in ("none", "int8", "int4"):
+            graph, out = Path(private) / f"{quant}-graph", Path(private) / quant
+            graph.mkdir()
+            out.mkdir()
+            with console.stage(f"Full-size UNet: export, {quant}") as stage:
+                target = "benchmarks.full_size:make_graph"
+                run_stage(target, (weights, quant, backend, graph), progress=stage.progress)
+            with console.stage(f"Full-size UNet: build, {quant}") as stage:
+                target = "benchmarks.full_size:build_graph"
+                run_stage(target, (graph, backend, _CARDS, out), progress=stage.progress)
+            rows[quant] = json.loads((out / "built.json").read_text("utf-8"))
+            shutil.rmtree(graph)
+    return {"capabilities": _CARDS, "rows": rows}
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -227,6 +258,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "full-size": _full_size,
     "quantize": _quantize,
     "analyze": _analyze,
+    "tensorrt": _tensorrt,
 }
 
 
@@ -268,4 +300,12 @@ def _text(document: dict[str, Any]) -> str:
             f"kiln analyze of Stable Diffusion 1.5: {found['seconds']} s for {found['losses']} "
             f"losses of {found['layers']} layers, peak {found['peak_rss_bytes'] / 2**30:.2f} GiB"
         )
+    if found := document.get("tensorrt"):
+        lines.append("Stable Diffusion 1.5's UNet for TensorRT-RTX:")
+        for name, row in found["rows"].items():
+            lines.append(
+                f"  {name:<6}{row['seconds']:>7.1f} s, peak {row['peak_rss_bytes'] / 2**30:.2f} "
+                f"GiB, {row['bytes'] / 1e6:.0f} MB ({row['bytes_vs_predicted']:.3f}x of predicted)"
+                f", {row['layers_low_bit']} of {row['rounded']} on 8-bit kernels"
+            )
     return "\n".join(lines)

@@ -17,12 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_models import SD15_UNET
+from optimizer.backends import BACKENDS
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.numerics import sqnr_db
 from optimizer.progress import Progress, Steps
 from optimizer.sizes import predicted_bytes
 
-__all__ = ["compare_engines", "make_nncf", "make_ours", "make_plain", "make_weights", "quantize"]
+__all__ = [
+    "build_graph",
+    "compare_engines",
+    "make_graph",
+    "make_nncf",
+    "make_ours",
+    "make_plain",
+    "make_weights",
+    "quantize",
+]
 
 _CALIBRATION, _HELD_OUT = 6, 2
 _ROUNDS = 6
@@ -100,12 +110,13 @@ def quantize(model: Path, how: tuple[str, str, int], out: Path, progress: Progre
     seconds, peak = time.monotonic() - start, peak_rss_bytes()
     calls = _held_out(load_calls(model / "calls.safetensors"))
     total = 4 * sum(math.prod(shape) for shape in _shapes(model).values())
+    stored = predicted_bytes(_shapes(model), schemes, 2, BACKENDS["openvino"])
     document = {
         "calibration_steps": runs,
         "seconds": round(seconds, 1),
         "peak_rss_bytes": peak,
         "peak_vs_fp32": None if peak is None else round(peak / total, 2),
-        "bytes_vs_fp32": round(predicted_bytes(_shapes(model), schemes, 2) / total, 4),
+        "bytes_vs_fp32": round(stored / total, 4),
         "sqnr_db": round(
             sqnr_db((c.outputs[0], run_module(wrapper, c).outputs[0]) for c in calls), 2
         ),
@@ -151,11 +162,60 @@ def make_ours(model: Path, quant: str, out: Path) -> None:
     oracle = sqnr_db((c.outputs[0], run_module(wrapper, c).outputs[0]) for c in _held_out(calls))
     _export(wrapper, calls, out)
     (out / "engine").mkdir()
-    builder.build(out, out / "engine", dtype="bf16", role="denoiser")
+    builder.build(out, out / "engine", _how("openvino", "bf16"), _quiet)
     (out / "engine-onnxruntime").mkdir()
-    other.build(out, out / "engine-onnxruntime", dtype="fp32", role="denoiser")
+    other.build(out, out / "engine-onnxruntime", _how("onnxruntime", "fp32"), _quiet)
     info = {"quantize_seconds": round(seconds, 1), "oracle_sqnr_db": round(oracle, 2)}
     (out / "info.json").write_text(json.dumps(info), "utf-8")
+
+
+def make_graph(model: Path, quant: str, backend: str, out: Path) -> None:
+    """Quantize as the backend can have it, with MSE clipping, and export: model.onnx, job.json."""
+    from optimizer.families.sd1 import SD1
+    from optimizer.prepare import run_module
+    from optimizer.quantize.apply import planned_layers, quantizable_layers, quantized_layers
+    from optimizer.quantize.observe import observing
+    from optimizer.quantize.policy import default_policy, legal_policy
+    from runners.quantized import insert_quantized
+
+    unet, wrapper = _loaded(model)
+    calls = load_calls(model / "calls.safetensors")
+    spec = SD1.component("unet")
+    policy = legal_policy(default_policy(quant, spec), BACKENDS[backend])
+    schemes = planned_layers(unet, policy)
+    if schemes:
+        with observing(unet, quantizable_layers(unet), spec.factors) as found:
+            for call in _part(calls, held_out=False):
+                run_module(wrapper, call)
+        insert_quantized(unet, quantized_layers(unet, schemes, found, "mse"))
+    _export(wrapper, calls, out)
+    job = {
+        "layers": len(schemes),
+        "rounded": sum(scheme.calibrates for scheme in schemes.values()),
+        "predicted_bytes": predicted_bytes(_shapes(model), schemes, 2, BACKENDS[backend]),
+    }
+    (out / "job.json").write_text(json.dumps(job), "utf-8")
+
+
+def build_graph(
+    prepared: Path, backend: str, capabilities: tuple[str, ...], out: Path, progress: Progress
+) -> None:
+    """Build an fp16 engine in a process of its own; built.json: time, memory, bytes, kernels."""
+    from benchmarks.compare_worker import peak_rss_bytes
+    from optimizer.backends import How, builder
+
+    how = How(backend, "fp16", "denoiser", _signature(), capabilities=capabilities)
+    start = time.monotonic()
+    built = builder(backend).build(prepared, out, how, progress)
+    document = {
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "bytes": sum((out / name).stat().st_size for name in built.files.values()),
+        "layers_low_bit": built.low_bit_layers,
+        **json.loads((prepared / "job.json").read_text("utf-8")),
+    }
+    document["bytes_vs_predicted"] = round(document["bytes"] / document["predicted_bytes"], 4)
+    (out / "built.json").write_text(json.dumps(document), "utf-8")
 
 
 def make_plain(model: Path, out: Path) -> None:
@@ -165,7 +225,7 @@ def make_plain(model: Path, out: Path) -> None:
     _, wrapper = _loaded(model)
     _export(wrapper, load_calls(model / "calls.safetensors"), out)
     (out / "engine").mkdir()
-    builder.build(out, out / "engine", dtype="bf16", role="denoiser")
+    builder.build(out, out / "engine", _how("openvino", "bf16"), _quiet)
 
 
 def make_nncf(model: Path, plain: Path, out: Path) -> None:
@@ -283,6 +343,15 @@ def _loaded(model: Path) -> tuple[Any, Any]:
     unet = UNet2DConditionModel.from_pretrained(model / "unet").eval()
     unet.requires_grad_(requires_grad=False)
     return unet, WRAPPERS["denoiser"](unet)
+
+
+def _how(backend: str, dtype: str) -> Any:
+    from optimizer.backends import How
+
+    return How(backend=backend, dtype=dtype, role="denoiser", signature=_signature())
+
+
+def _quiet(_done: float, _total: float) -> None: ...
 
 
 def _signature() -> Any:

@@ -42,7 +42,7 @@ class Made:
 
     key: str
     engines: Mapping[str, Path]
-    speed: Path
+    speed: Path | None
     hardware: Hardware
 
 
@@ -135,8 +135,9 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     target = folder / job.spec.name
     target.mkdir()
-    for name in built["files"].values():
-        shutil.copyfile(engine / name, target / name)
+    for name in (*built["files"].values(), built["selftest"]):
+        if name is not None:
+            shutil.copyfile(engine / name, target / name)
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
@@ -161,6 +162,10 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         oracle_sqnr_db=built["oracle_sqnr_db"],
         unseen_sqnr_db=built["unseen_sqnr_db"],
         load_seconds=built["load_seconds"],
+        capabilities=job.capabilities if backend(job.backend).device == "gpu" else None,
+        ran=built["ran"],
+        selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
+        selftest_db=built["selftest_db"],
     )
 
 
@@ -198,7 +203,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
         },
         tools=versions(libraries),
         hardware=made.hardware.model_dump(mode="json", exclude={"ram_available_bytes"}),
-        speed=Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
+        speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from optimizer.backends import builder
-from optimizer.calls import Call, load_calls
+from optimizer.backends import Built, builder
+from optimizer.calls import Call, load_calls, save_calls
 from optimizer.numerics import sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
@@ -22,9 +22,10 @@ from runners.engines.base import Engine
 
 __all__ = ["build_and_check", "limit_db"]
 
-_DTYPE_DB = {"fp32": 80.0, "bf16": 28.0}
+_DTYPE_DB = {"fp32": 80.0, "fp16": 40.0, "bf16": 28.0}
 """What computing in a type may lose by itself. fp32: 2e-6 relative (-114 dB) was seen, a wrong
-constant or a fused approximation costs far more. bf16 has 8 significant bits (-48 dB an operation);
+constant or a fused approximation costs far more. fp16 has 11 significant bits (-66 dB an
+operation); bf16 has 8 significant bits (-48 dB an operation);
 whole UNets were seen at 36-39 dB (FACTS.md), deep untrained ones a few dB lower."""
 
 _ENGINE_LOSS_DB = 1.0
@@ -51,23 +52,19 @@ def build_and_check(
     building = max(1, len(calls) // 5)
     steps = Steps(progress, building + len(unseen) + len(calls))
     built = builder(job.backend).build(
-        prepared, out, dtype=job.dtype, role=job.spec.role, dynamic=job.dynamic
+        prepared, out, job.how, lambda done, total: steps.within(building, done / total)
     )
     steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
-    engine = engine_class(job.backend)(
-        {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
-        signature=job.signature,
-        properties=built.properties,
-        threads=psutil.cpu_count(logical=False) or 1,
-    )
+    ran = engine_class(job.backend).usable_here(built.properties)
+    engine = _opened(job, built, out) if ran else _opened_proof(job, built, out)
     start = time.monotonic()
     with engine:
         engine(next(iter(calls.values())).feeds(job.signature))
         load_seconds = time.monotonic() - start
         found = {name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())}
         total = engine_db(engine, steps.counting(calls.values()))
-        low_bit = builder(job.backend).low_bit_layers(engine)
+        low_bit = builder(job.backend).low_bit_layers(engine) if ran else built.low_bit_layers
     _require_low_bits(job, low_bit)
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
@@ -80,9 +77,49 @@ def build_and_check(
         "sqnr_db": total,
         "unseen_sqnr_db": found,
         "layers_low_bit": low_bit,
-        "load_seconds": round(load_seconds, 3),
+        "load_seconds": round(load_seconds, 3) if ran else None,
+        "ran": ran,
+        "selftest": None,
+        "selftest_db": None,
     }
+    if not ran:
+        save_calls({"first": next(iter(calls.values())), **unseen}, out / _SELFTEST)
+        document["selftest"] = _SELFTEST
+        document["selftest_db"] = min(
+            limit_db(db, job.dtype)
+            for db in (oracle["sqnr_db"], *oracle["unseen_sqnr_db"].values())
+        )
+    for name in (built.proof or {}).values():
+        (out / name).unlink()
     (out / "built.json").write_text(json.dumps(document), "utf-8")
+
+
+_SELFTEST = "selftest.safetensors"
+"""Calls that the engine is judged on where it first runs."""
+
+
+def _opened(job: Job, built: Built, out: Path) -> Engine:
+    return engine_class(job.backend)(
+        {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
+        signature=job.signature,
+        properties=built.properties,
+        threads=psutil.cpu_count(logical=False) or 1,
+    )
+
+
+def _opened_proof(job: Job, built: Built, out: Path) -> Engine:
+    """The graph that the engine was built from, on ONNX Runtime: what it computes is proved where
+    the engine can't run.
+    """
+    from runners.engines.onnxruntime import ACCURACY, OnnxRuntimeEngine
+
+    assert built.proof is not None, "whatever can't run here says what to prove it with"
+    return OnnxRuntimeEngine(
+        {role: bytearray((out / name).read_bytes()) for role, name in built.proof.items()},
+        signature=job.signature,
+        properties={"weights_location": built.proof["weights"], ACCURACY: "1"},
+        threads=psutil.cpu_count(logical=False) or 1,
+    )
 
 
 def _require_low_bits(job: Job, found: int | None) -> None:

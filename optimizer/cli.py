@@ -30,7 +30,12 @@ __all__ = ["analyze_command", "compile_command"]
 )
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text file, a prompt a line.")
 @click.option("--dtype", help="auto, fp32, bf16 or fp16: of what isn't quantized [default: auto]")
-@click.option("--backend", help="openvino, onnxruntime or eager [default: the profile's]")
+@click.option(
+    "--backend", help="openvino, onnxruntime, tensorrt-rtx or eager [default: the profile's]"
+)
+@click.option(
+    "--target", metavar="CARDS", help="rtx-4090, sm86,sm89 or portable: for other machines."
+)
 @click.option("--profile", help="Kind of machine to build for [default: this one's]")
 @click.option("--size-range", metavar="MIN:MAX", help="Sides in pixels that must work.")
 @click.option("--size", metavar="WxH", help="The one size that must work, such as 512x512.")
@@ -60,6 +65,7 @@ def compile_command(
     min_quality: float | None,
     dtype: str | None,
     backend: str | None,
+    target: str | None,
     profile: str | None,
     batch: int | None,
     steps: int | None,
@@ -81,6 +87,7 @@ def compile_command(
         "calibration": calibration and read_prompts(calibration),
         "dtype": dtype,
         "backend": backend,
+        "target": target,
         "profile": profile,
         "batch": batch,
         "steps": steps,

@@ -6,6 +6,7 @@ compile again finds all its stages, and a killed one goes on at the stage it was
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from optimizer.tools import EXPORT, TORCH, require_libraries, versions
 from optimizer.worker import run_stage
 from profiles import hardware as facts
 from profiles import profile as profiles
-from profiles.errors import DiskFullError
+from profiles.errors import DiskFullError, OutOfMemory
 from profiles.hardware import Hardware
 from runners.console import Console
 from runners.manifest import Manifest
@@ -52,12 +53,22 @@ def plan_recipe(recipe: Recipe, sensitivity: Path | None = None) -> tuple[Plan, 
     With a file of `kiln analyze`, the policy of `--quant auto` is decided too.
     """
     hardware = facts.detect()
-    profile = profiles.load(recipe.profile) if recipe.profile else profiles.match(hardware)
+    profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
     source = resolve(recipe.model, revision=recipe.revision)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
     return plan, hardware
+
+
+def _profile_name(recipe: Recipe, hardware: Hardware) -> str:
+    """That of the cards where it is built for cards, else what fits this machine."""
+    if recipe.target or (recipe.backend and backend(recipe.backend).device == "gpu"):
+        return _CARDS
+    return profiles.match(hardware).name
+
+
+_CARDS = "nvidia-rtx"
 
 
 def compile_bundle(
@@ -75,7 +86,7 @@ def compile_bundle(
     """
     start = time.monotonic()
     plan, hardware = plan_recipe(recipe, sensitivity)
-    require_libraries(job.backend for job in plan.jobs)
+    require_libraries({job.backend for job in plan.jobs})
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key
@@ -83,6 +94,7 @@ def compile_bundle(
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)
+    _require_memory(plan, hardware)
 
     recorded = stages.record()
     observed = stages.observe(recorded)
@@ -205,6 +217,7 @@ class _Stages:
             **self._prepare_key(job),
             "backend": job.backend,
             "dtype": job.dtype,
+            "for": [*job.capabilities, job.weight_streaming],
             "on": self._machine,
             "with": versions([library]),
         }
@@ -212,10 +225,12 @@ class _Stages:
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
-    def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path:
-        """One denoising step, timed against eager fp32."""
-        job = next(job for job in self._plan.jobs if job.spec.role == "denoiser")
+    def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
+        """One denoising step, timed against eager fp32; None where the engine can't run here."""
+        job = self._plan.denoiser
         engine = engines[job.spec.name]
+        if not json.loads((engine / "built.json").read_text("utf-8"))["ran"]:
+            return None
         key = {**self._runs, "engine": engine.name, "on": self._machine}
         arguments = (job, recorded, engine)
         return self._run(
@@ -258,6 +273,18 @@ class _Stages:
                 f"The cache lost what {title!r} made: is another program clearing it?"
             )
         return made
+
+
+def _require_memory(plan: Plan, hardware: Hardware) -> None:
+    """Refuse before any work what the builder would run out of memory with."""
+    for job in plan.jobs:
+        needed = job.build_memory_bytes
+        if needed > hardware.ram_available_bytes:
+            raise OutOfMemory(
+                f"Building {job.spec.name} takes about {needed / 2**30:.1f} GiB and "
+                f"{hardware.ram_available_bytes / 2**30:.1f} are free: close other programs, use "
+                "--quant int8, or build on a machine with more memory (the cards needn't be there)."
+            )
 
 
 def _require_disk(plan: Plan, out: Path, store: Store) -> None:

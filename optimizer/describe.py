@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optimizer.backends import backend
 from optimizer.calls import unseen_sizes
 from optimizer.compile import CompileResult
 from optimizer.numerics import EXACT_DB
 from optimizer.plan import Job, Plan
 from optimizer.quantize.budget import Solved
+from optimizer.quantize.policy import LEVELS
+from optimizer.quantize.schemes import W4A16, W8A8, Nvfp4
 from optimizer.quantize.sensitivity import Sensitivity, sqnr_of
+from profiles.target import sm
 from runners.manifest import Manifest
 
 __all__ = [
@@ -49,6 +53,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "family": plan.family.name,
         "profile": plan.profile.name,
         "recipe": plan.recipe.model_dump(mode="json"),
+        "adapted": _adapted(plan),
         "predicted_memory_bytes": plan.predicted_memory_bytes,
         "predicted_bytes": sum(job.predicted_bytes for job in plan.jobs),
         "components": [
@@ -86,7 +91,7 @@ def plan_text(plan: Plan) -> str:
             f"{job.spec.name:<14}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
-    lines.append(_policy_line(plan))
+    lines += [_policy_line(plan), *_adapted(plan)]
     total = sum(job.predicted_bytes for job in jobs)
     fp32 = sum(4 * job.parameters for job in jobs)
     runs = plan.calibration
@@ -174,6 +179,24 @@ def _policy_line(plan: Plan) -> str:
     counts["kept"] = job.layers_total - len(job.layers)
     layers = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
     return f"policy of {job.spec.name}: {layers}; solver {job.policy.solver}"
+
+
+def _adapted(plan: Plan) -> list[str]:
+    """What the backend can't have of the level that was asked for, and what it gets instead."""
+    job = plan.denoiser
+    known, level = backend(job.backend), LEVELS.get(str(plan.recipe.quant))
+    lines = []
+    if isinstance(level, W8A8) and not known.zero_points:
+        lines.append(f"{known.name} takes no zero points: inputs are rounded around 0")
+    if isinstance(level, W4A16 | Nvfp4) and 4 not in known.int4_axes:
+        lines.append(f"{known.name} takes no convolutions in 4 bits: they get 8")
+    if plan.recipe.target is not None:
+        cards = ", ".join(sm(name) for name in job.capabilities) or "any card"
+        lines.append(
+            f"built here for {cards}; the graph is checked on this processor, the engine where it "
+            "first runs"
+        )
+    return lines
 
 
 def _checks(plan: Plan, job: Job) -> list[str]:

@@ -2,7 +2,7 @@
 
 Every name of a parameter survives (NAME.transposed where a linear's weight is stored so), so later
 stages can still say which layer is which. The custom operators of runners/quantized.py become
-QuantizeLinear and DequantizeLinear, codes of 4-bit layers real INT4 initializers.
+QuantizeLinear and DequantizeLinear, codes of 4-bit layers real 4-bit initializers.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def _group(codes, scale, group: int):  # type: ignore[no-untyped-def]
 
 def _group_affine(codes, scale, zero, group: int):  # type: ignore[no-untyped-def]
     return opset23.DequantizeLinear(codes, scale, zero, axis=1, block_size=group)
+
+
+def _fp4(codes, scale, whole, group: int):  # type: ignore[no-untyped-def]
+    scales = opset23.DequantizeLinear(scale, whole)
+    return opset23.DequantizeLinear(codes, scales, axis=1, block_size=group)
 
 
 def _activation(x, scale):  # type: ignore[no-untyped-def]
@@ -88,6 +93,7 @@ def export_onnx(
                     ops.dequantize_channel.default: _channel,
                     ops.dequantize_group.default: _group,
                     ops.dequantize_group_affine.default: _group_affine,
+                    ops.dequantize_fp4.default: _fp4,
                     ops.quantize_dequantize.default: _activation,
                     ops.quantize_dequantize_affine.default: _affine,
                     ops.quantize_dequantize_fp8.default: _fp8,

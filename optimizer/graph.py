@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-__all__ = ["clean", "name_transposed"]
+__all__ = ["clean", "fold_fp4", "name_transposed"]
 
 
 def clean(model: ir.Model) -> None:
@@ -14,7 +14,7 @@ def clean(model: ir.Model) -> None:
     _share_small_initializers(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)
     _fold_multipliers(model.graph)
-    _pack_int4(model.graph)
+    _pack_4_bits(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _strip(model)
 
@@ -71,8 +71,11 @@ def _fold_multipliers(graph: ir.Graph) -> None:
 _PACKED = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}
 
 
-def _pack_int4(graph: ir.Graph) -> None:
-    """Give codes and zero points of block-wise DequantizeLinear nodes 4-bit types, two a byte."""
+def _pack_4_bits(graph: ir.Graph) -> None:
+    """Give codes and zero points of block-wise DequantizeLinear nodes 4-bit types, two a byte.
+
+    Where the scales are dequantized themselves, the codes are e2m1's bits (nvfp4).
+    """
     for node in graph:
         if node.op_type != "DequantizeLinear" or not node.attributes.get_int("block_size", 0):
             continue
@@ -80,6 +83,9 @@ def _pack_int4(graph: ir.Graph) -> None:
             if value is None or value.const_value is None:
                 continue
             packed = _PACKED.get(value.const_value.dtype)
+            scale = node.inputs[1].producer() if node.inputs[1] is not None else None
+            if packed is not None and scale is not None and scale.op_type == node.op_type:
+                packed = ir.DataType.FLOAT4E2M1
             if packed is None:  # shared with a node that was here before
                 continue
             array = value.const_value.numpy()
@@ -87,6 +93,32 @@ def _pack_int4(graph: ir.Graph) -> None:
                 _nibbles(array), packed, shape=ir.Shape(array.shape), name=value.name
             )
             value.dtype = packed
+
+
+def fold_fp4(model: ir.Model) -> None:
+    """Turn dequantized e2m1 weights into the fp32 weights that they stand for."""
+    graph = model.graph
+    for node in list(graph):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.const_value is None:
+            continue
+        if codes.const_value.dtype != ir.DataType.FLOAT4E2M1:
+            continue
+        scales = node.inputs[1].producer()
+        small, whole = (value.const_value.numpy().astype(np.float32) for value in scales.inputs)
+        group = node.attributes["block_size"].as_int()
+        weight = codes.const_value.numpy().astype(np.float32) * np.repeat(small * whole, group, 1)
+        name = f"{codes.name}.dequantized"
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(weight.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=ir.tensor(weight, name=name),
+        )
+        graph.register_initializer(value)
+        node.outputs[0].replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from optimizer.backends import BACKENDS
+from optimizer.backends import How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.legality import require_formats, require_target
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.candidates import candidates
-from optimizer.quantize.policy import AUTO, Policy, default_policy
+from optimizer.quantize.policy import AUTO, Policy, default_policy, legal_policy
 from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
 from optimizer.sizes import layer_shapes, predicted_bytes
@@ -28,12 +29,17 @@ from optimizer.source import ModelSource
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
+from profiles.target import parse_target
 from runners.signature import Signature
 
 __all__ = ["Job", "Plan", "make_plan", "with_policy"]
 
 _GPTQ = ("int4", "int4-dyn", AUTO)
 """Levels whose codes GPTQ finds where no solver is named; the others gain nothing from it."""
+
+
+_STREAMED = 0.5
+"""Of the card's memory: a component of more weights may stream them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,11 @@ class Job:
     backend: str
     quant: str
     dtype: str
+    capabilities: tuple[str, ...]
+    """Of the cards that the engine is built for."""
+    weight_streaming: bool
+    """Whether the engine may leave weights in the host's memory: where they would take more than
+    half of the smallest card's."""
     policy: Policy
     signature: Signature
     layers: dict[str, Scheme]
@@ -62,12 +73,30 @@ class Job:
     @property
     def candidates(self) -> tuple[Scheme, ...]:
         """The schemes that `--quant auto` tries every layer with, beside keeping it."""
-        return candidates(self.parameters, self.backend)
+        return candidates(self.parameters, backend_named(self.backend))
 
     @property
     def dynamic(self) -> bool:
         """Whether the runtime may round inputs of 4-bit layers."""
         return any(isinstance(s, W4A16) and s.dynamic for s in self.layers.values())
+
+    @property
+    def how(self) -> How:
+        """What the builder needs to know."""
+        return How(
+            backend=self.backend,
+            dtype=self.dtype,
+            role=self.spec.role,
+            signature=self.signature,
+            dynamic=self.dynamic,
+            capabilities=self.capabilities,
+            weight_streaming=self.weight_streaming,
+        )
+
+    @property
+    def build_memory_bytes(self) -> int:
+        """What the builder needs at its peak, where that is more than the export did."""
+        return int(backend_named(self.backend).build_memory * self.predicted_bytes)
 
     @property
     def float_bytes(self) -> int:
@@ -105,7 +134,8 @@ class Plan:
         """Peak of the largest stage: a component in fp32 is held up to three times while it is
         exported (module, graph, serialized), beside about 1 GiB of libraries (measured).
         """
-        return max(3 * 4 * job.parameters for job in self.jobs) + (1 << 30)
+        needs = (max(12 * job.parameters, job.build_memory_bytes) for job in self.jobs)
+        return max(needs) + (1 << 30)
 
 
 def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware: Hardware) -> Plan:
@@ -126,6 +156,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     native, step = known.native_size(configs), known.size_step(configs)
     backend = recipe.backend or profile.backends[0]
     dtype = _dtype(recipe, backend, profile, hardware)
+    target = parse_target(recipe.target) if recipe.target else None
+    require_target(backend_named(backend), target, dtype)
     quant = recipe.quant or profile.quant
     ranges = _ranges(recipe, native, step)
     defaults = _defaults(source.folder)
@@ -165,15 +197,17 @@ def with_policy(plan: Plan, policy: Policy) -> Plan:
 
 
 def _dtype(recipe: Recipe, backend: str, profile: Profile, hardware: Hardware) -> str:
-    legal = backend_named(backend).dtypes
+    known = backend_named(backend)
+    legal = known.dtypes
     if recipe.dtype == "auto":
-        return profile.dtype if profile.dtype in legal else "fp32"
+        return profile.dtype if profile.dtype in legal else legal[0]
     if recipe.dtype not in legal:
+        where = " on a CPU" if known.device == "cpu" else ""
         raise UnsupportedError(
-            f"--dtype {recipe.dtype} can't be used with the backend {backend} on a CPU: "
+            f"--dtype {recipe.dtype} can't be used with the backend {backend}{where}: "
             f"use {' or '.join(legal)}."
         )
-    if recipe.dtype == "bf16" and not hardware.cpu.has_bf16:
+    if recipe.dtype == "bf16" and known.device == "cpu" and not hardware.cpu.has_bf16:
         raise UnsupportedError(
             f"--dtype bf16 needs a processor with bf16 products, which {hardware.cpu.name} lacks: "
             "use --dtype fp32."
@@ -199,34 +233,37 @@ def _ranges(recipe: Recipe, native: int, step: int) -> Ranges:
 
 def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:
     """The job of one component, by a recipe with every None decided."""
-    assert recipe.backend is not None
+    known = backend_named(str(recipe.backend))
     shapes = _shapes(spec, source)
     layers = layer_shapes(shapes)
     policy = _policy(spec, recipe)
     planned = {name: policy.scheme(name, shape) for name, shape in layers.items()}
     low_bit = {name: scheme for name, scheme in planned.items() if scheme.bits < 16}
-    _require_formats(low_bit.values(), recipe)
+    target = parse_target(recipe.target) if recipe.target else parse_target("portable")
+    require_formats(low_bit, layers, known, target)
     float_bytes = 4 if recipe.dtype == "fp32" else 2
     parameters = _parameters(shapes)
-    fixed = predicted_bytes(shapes, {}, float_bytes) - float_bytes * sum(
+    fixed = predicted_bytes(shapes, {}, float_bytes, known) - float_bytes * sum(
         math.prod(shape) for shape in layers.values()
     )
-    tried = (*candidates(parameters, recipe.backend), KEEP)
+    tried = (*candidates(parameters, known), KEEP)
+    predicted = predicted_bytes(shapes, low_bit, float_bytes, known)
     return Job(
         spec=spec,
-        backend=recipe.backend,
+        backend=known.name,
         quant=str(recipe.quant) if low_bit else "none",
         dtype=recipe.dtype,
+        capabilities=target.capabilities,
+        weight_streaming=predicted > _STREAMED * (target.memory_gib or math.inf) * 2**30,
         policy=policy,
         signature=signature,
         layers=low_bit,
         layers_total=len(layers),
         low_bit_kernels=sum(
-            (scheme.format, len(layers[name])) in backend_named(recipe.backend).computes
-            for name, scheme in low_bit.items()
+            (scheme.format, len(layers[name])) in known.computes for name, scheme in low_bit.items()
         ),
         parameters=parameters,
-        predicted_bytes=predicted_bytes(shapes, low_bit, float_bytes),
+        predicted_bytes=predicted,
         fixed_bytes=fixed,
         least_bytes=fixed
         + sum(
@@ -255,23 +292,10 @@ def _parameters(shapes: Mapping[str, Shape]) -> int:
 def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
     """The component's policy; where it is still to be solved for, that of int8 stands in."""
     quant, solver = str(recipe.quant), str(recipe.solver)
-    if quant != AUTO:
-        return default_policy(quant, spec, solver)
-    if recipe.policy is not None and spec.role == "denoiser":
+    if quant == AUTO and recipe.policy is not None and spec.role == "denoiser":
         return recipe.policy
-    return default_policy("int8", spec, solver)
-
-
-def _require_formats(schemes: Iterable[Scheme], recipe: Recipe) -> None:
-    """Raise UnsupportedError where the backend can't read what the policy asks for."""
-    backend = backend_named(str(recipe.backend))
-    wanted = {scheme.format for scheme in schemes}
-    if unread := sorted(wanted - backend.formats):
-        able = [other.name for other in BACKENDS.values() if wanted <= other.formats]
-        raise UnsupportedError(
-            f"--quant {recipe.quant} can't be used with the backend {backend.name}, which doesn't "
-            f"read {unread[0]}: use --backend {' or '.join(able)}, or another --quant."
-        )
+    policy = default_policy("int8" if quant == AUTO else quant, spec, solver)
+    return legal_policy(policy, backend_named(str(recipe.backend)))
 
 
 def _defaults(folder: Path) -> dict[str, int | float]:

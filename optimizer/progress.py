@@ -25,6 +25,10 @@ class Steps:
         self._done += steps
         self._progress(self._done, self._total)
 
+    def within(self, steps: int, share: float) -> None:
+        """Say which share (0 to 1) of the next `steps` is done, without counting them yet."""
+        self._progress(self._done + steps * share, self._total)
+
     def counting(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, each counted as a step when the next one is asked for."""
         for item in items:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from optimizer.quantize.policy import AUTO, Policy, policy_names
 from optimizer.quantize.solvers import SOLVERS
 from profiles.errors import SpecError
+from profiles.target import parse_target
 from runners.engines import ENGINES
 
 __all__ = ["DTYPES", "Recipe", "checked", "load_recipe", "parse_budget"]
@@ -40,6 +41,8 @@ class Recipe(BaseModel):
     """With quant auto: the solved policy, where it is known already."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     backend: str | None = None
+    target: str | None = None
+    """The cards to build for, where they needn't be here: names, architectures, or "portable"."""
     profile: str | None = None
     size_min: int | None = Field(default=None, ge=1)
     size_max: int | None = Field(default=None, ge=1)
@@ -80,6 +83,11 @@ class Recipe(BaseModel):
         if value is not None and value not in ENGINES:
             raise ValueError(f"--backend {value} is not known: use one of {_list(ENGINES)}")
         return value
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, value: str | None) -> str | None:
+        return None if value is None else parse_target(value).name
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

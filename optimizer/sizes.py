@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from optimizer.backends import Backend
 from optimizer.quantize.schemes import Scheme, Shape
 
 __all__ = ["GRAPH_BYTES", "LARGE", "layer_shapes", "predicted_bytes"]
@@ -27,10 +28,12 @@ def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
 
 
 def predicted_bytes(
-    shapes: Mapping[str, Shape], low_bit: Mapping[str, Scheme], float_bytes: int
+    shapes: Mapping[str, Shape], low_bit: Mapping[str, Scheme], float_bytes: int, backend: Backend
 ) -> int:
-    """Of an engine's files: weights by their schemes, and the graph."""
-    total = GRAPH_BYTES * len(shapes)
+    """Of an engine's files: weights by their schemes, the graph, and the backend's kernels."""
+    total = GRAPH_BYTES * len(shapes) + backend.kernel_bytes
+    if any(scheme.calibrates for scheme in low_bit.values()):
+        total += backend.low_bit_kernel_bytes
     for name, shape in shapes.items():
         scheme = low_bit.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if scheme is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optimizer.backends import BACKENDS
 from optimizer.digests import digest, sha256_file
-from profiles.errors import MissingError
+from profiles.errors import MissingError, UnsupportedError
 from runners.engines import EXTRAS
 
 __all__ = ["EXPORT", "TORCH", "kiln_version", "require_libraries", "versions"]
@@ -34,18 +34,38 @@ def kiln_version() -> str:
     return found if found != "absent" else "0"
 
 
-def require_libraries(backends: Iterable[str]) -> None:
-    """Raise MissingError, with the command that installs it, for what compiling lacks here."""
+def require_libraries(backends: Collection[str]) -> None:
+    """Raise MissingError, with the command that installs it, for what compiling lacks here, and
+    UnsupportedError where a card is needed and missing.
+    """
     needed = {"onnx": "compile", "onnxscript": "compile"}
     for name in backends:
         if name in EXTRAS:
             needed[BACKENDS[name].library] = EXTRAS[name]
-    missing = {name: extra for name, extra in needed.items() if find_spec(name) is None}
+    missing = {
+        name: extra for name, extra in needed.items() if find_spec(name.replace("-", "_")) is None
+    }
     if missing:
         extras = ",".join(sorted({*missing.values(), "compile"}))
         raise MissingError(
             f"Compiling needs {', '.join(missing)}, which isn't installed: run "
             f'pip install "kiln-diffusion[{extras}]".'
+        )
+    for name in backends:
+        _require_card(name)
+
+
+def _require_card(name: str) -> None:
+    """Raise UnsupportedError where a backend builds on the card that it is for, and has none."""
+    known = BACKENDS[name]
+    if known.device == "cpu" or known.capabilities:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"The backend {name} builds on the card that it builds for, and no NVIDIA card is "
+            "usable here: use --backend tensorrt-rtx with --target, which needs none."
         )
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Profile", "load", "match", "names", "parse"]
 
 _FOLDER = Path(__file__).parent
+_KINDS = ("cpu", "nvidia")
+"""The folders of profiles; `profiles/gpu` has cards, which `profiles.gpu` reads."""
 _CHOICES = frozenset({"backends", "quant", "dtype"})
 
 
@@ -35,7 +37,8 @@ class Profile(BaseModel):
     requires: tuple[str, ...]
     """Names of `profiles.hardware.ISA` that the machine must all have."""
     rank: int
-    """Of the profiles that fit a machine, the one of the highest rank is chosen."""
+    """Of the profiles that fit a machine, the one of the highest rank is chosen; a negative one
+    only by name, because `generic` has 0 and fits every machine."""
     backends: tuple[str, ...]
     """Names of backends, best first."""
     quant: Literal["none", "int8", "int4"]
@@ -122,7 +125,7 @@ def parse(text: str, *, name: str) -> Profile:
 
 @cache
 def _paths() -> dict[str, Path]:
-    return {path.stem: path for path in _FOLDER.glob("*/*.toml")}
+    return {path.stem: path for kind in _KINDS for path in (_FOLDER / kind).glob("*.toml")}
 
 
 @cache

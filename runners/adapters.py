@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from profiles.errors import UnsupportedError
-from runners.engines.base import Engine
+from runners.engines.base import DeviceEngine, Engine
 
 __all__ = ["DenoiserAdapter", "TextEncoderAdapter", "VaeAdapter"]
 
@@ -48,6 +48,11 @@ class _Adapter(nn.Module):
 
 def _run(engine: Engine, **feeds: Tensor) -> list[Tensor]:
     """Call the engine with the signature's dtypes; outputs in the signature's order."""
+    if isinstance(engine, DeviceEngine):
+        types = {spec.name: getattr(torch, spec.dtype) for spec in engine.signature.inputs}
+        given = {name: x.detach().to("cuda", types[name]) for name, x in feeds.items()}
+        found = engine.on_device(given)
+        return [found[spec.name] for spec in engine.signature.outputs]
     specs = {spec.name: np.dtype(spec.dtype) for spec in engine.signature.inputs}
     arrays = {
         name: tensor.detach().cpu().numpy().astype(specs[name], copy=False)

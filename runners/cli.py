@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "compile": "optimizer.cli:compile_command",
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
+    "profiles": "runners.profiles:profiles_command",
 }
 """Command -> module:attribute."""
 
@@ -35,6 +36,7 @@ _LINES = {
     "compile": "Make a bundle from a model.",
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
+    "profiles": "List the machines and cards that kiln knows.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

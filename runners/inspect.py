@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from profiles.target import sm
 from runners.console import Console
 
 if TYPE_CHECKING:
@@ -61,5 +62,18 @@ def _text(manifest: Manifest) -> str:
             f"{entry.name:<14}{entry.backend:<13}{entry.quant:<7}{entry.dtype:<7}{layers:>15}"
             f"{entry.engine_bytes:>12}{entry.engine_bytes / entry.fp32_bytes:>8.2f}x{sqnr:>9}"
         )
+    lines += _built_for(manifest)
     lines.append(f"key        {manifest.key}")
     return "\n".join(lines)
+
+
+def _built_for(manifest: Manifest) -> list[str]:
+    """Which cards the engines are for, and that they haven't run yet where they haven't."""
+    entry = manifest.component("denoiser")
+    if entry.capabilities is None:
+        return []
+    cards = ", ".join(sm(name) for name in entry.capabilities) or "any NVIDIA card"
+    state = "run where it was built"
+    if not entry.ran:
+        state = "run: not yet (the SQNR are those of its graph, run on a processor)"
+    return [f"built for  {cards}; built: yes, {state}"]

@@ -90,8 +90,18 @@ class ComponentEntry(BaseModel):
     """The same of the quantized torch module."""
     unseen_sqnr_db: dict[str, float]
     """Shape -> the same at sizes that were not traced, on random inputs."""
-    load_seconds: float
+    load_seconds: float | None
     """Reading and kernel selection at the native size, when it was checked."""
+    capabilities: tuple[str, ...] | None = None
+    """Compute capabilities that it was built for: empty is any card, None the processor of
+    `hardware`."""
+    ran: bool = True
+    """Whether the engine itself ran where it was built; if not, the SQNR are those of the graph
+    that it was built from, run on a processor."""
+    selftest: RelativePath | None = None
+    """Recorded calls that it is judged on where it first runs."""
+    selftest_db: float | None = None
+    """The least SQNR that is accepted then."""
 
 
 class Speed(BaseModel):
@@ -131,7 +141,12 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _every_file_is_digested(self) -> Self:
-        used = (name for entry in self.components for name in (*entry.files.values(), entry.config))
+        used = (
+            name
+            for entry in self.components
+            for name in (*entry.files.values(), entry.config, entry.selftest)
+            if name is not None
+        )
         if absent := sorted(set(used) - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
         return self

@@ -19,6 +19,7 @@ from runners.bundle import Bundle, open_bundle
 from runners.engines import engine_class
 from runners.engines.base import Engine
 from runners.manifest import ComponentEntry
+from runners.selftest import require_selftest
 
 __all__ = ["TASKS", "LoadedBundle", "load", "open_engine"]
 
@@ -49,9 +50,12 @@ class LoadedBundle:
         """The open engine of the component in `role`, opened at the first call."""
         if role not in self._engines:
             entry = self.bundle.manifest.component(role)
-            self._engines[role] = self._stack.enter_context(
+            engine = self._stack.enter_context(
                 open_engine(self.bundle, entry, threads=self.threads)
             )
+            if not entry.ran:
+                require_selftest(self.bundle, entry, engine, engine.machine())
+            self._engines[role] = engine
         return self._engines[role]
 
     def close(self) -> None:
@@ -89,7 +93,16 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
+    if any(entry.capabilities is not None for entry in opened.manifest.components):
+        _require_card(opened)
+        pipeline.to("cuda")
     return pipeline
+
+
+def _require_card(bundle: Bundle) -> None:
+    """Raise DeviceMismatch before anything is loaded where an engine's card isn't here."""
+    for entry in bundle.manifest.components:
+        engine_class(entry.backend).require_here(entry.properties)
 
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:

@@ -84,6 +84,18 @@ def _(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:  # noqa
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+@torch.library.custom_op("kiln::dequantize_fp4", mutates_args=())
+def dequantize_fp4(codes: Tensor, scale: Tensor, whole: Tensor, group: int) -> Tensor:
+    """Weights from e2m1's bits in uint8 `codes`; e4m3 `scale` as a group's, times 0-d `whole`."""
+    values = torch.tensor(FP4_VALUES, dtype=whole.dtype)[codes.long()]
+    return values * (scale.to(whole.dtype) * whole).repeat_interleave(group, dim=1)
+
+
+@dequantize_fp4.register_fake
+def _(codes: Tensor, scale: Tensor, whole: Tensor, group: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(codes, dtype=whole.dtype)
+
+
 @torch.library.custom_op("kiln::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor) -> Tensor:
     """Round `x` to int8 steps of the 0-d `scale`, halves to even as ONNX's QuantizeLinear does."""
@@ -167,7 +179,8 @@ class QuantizedLayer(nn.Module):
     """A linear or 2-d convolution whose weight is `codes` and `scale`.
 
     `codes`: [out, in, ...], int8 (int8, int4), uint8 (uint4, nf4, nvfp4) or float8_e4m3fn; `scale`:
-    [out] or [out, in/group, ...] (nf4: [out, in * places / 64]); `zero`: uint8, as scale (uint4);
+    [out] or [out, in/group, ...] (nf4: [out, in * places / 64]; nvfp4: e4m3, times the 0-d
+    `whole`); `zero`: uint8, as scale (uint4);
     `activation_scale`: 0-d, present where the input is rounded, and `activation_zero_point`: 0-d
     uint8, where that is not around zero; `multiplier` [in] or, of a convolution, [in, 1, 1]: powers
     of two that the input is multiplied with before it is rounded (the codes are of the weight
@@ -177,6 +190,7 @@ class QuantizedLayer(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    whole: Tensor | None
     zero: Tensor | None
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
@@ -208,8 +222,7 @@ class QuantizedLayer(nn.Module):
         if form.format == "nf4":
             found = _looked_up(NF4_VALUES, self.codes, self.scale, NF4_BLOCK)
         elif form.format == "nvfp4":
-            values = torch.tensor(FP4_VALUES, dtype=self.scale.dtype)[self.codes.long()]
-            found = values * self.scale.repeat_interleave(form.group, dim=1)
+            found = ops.dequantize_fp4(self.codes, self.scale, self.whole, form.group)
         elif self.zero is not None:
             found = ops.dequantize_group_affine(self.codes, self.scale, self.zero, form.group)
         elif form.group:
@@ -254,6 +267,7 @@ class QuantizedLayer(nn.Module):
 _BUFFERS = (
     "codes",
     "scale",
+    "whole",
     "zero",
     "activation_scale",
     "activation_zero_point",

@@ -99,8 +99,9 @@ class Signature(BaseModel):
         return values
 
     def _check_one(self, spec: TensorSpec, array: Any, values: dict[str, int]) -> None:
-        if str(array.dtype) != spec.dtype:
-            raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {array.dtype}.")
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype != spec.dtype:
+            raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
         if len(array.shape) != len(spec.axes):
             raise SpecError(
                 f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "

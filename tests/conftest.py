@@ -50,18 +50,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBundle:
-    """`bundle(backend, quant="none", dtype="fp32")`: the tiny model, compiled once a session.
+    """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
     Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
-    def make(backend: str, quant: str = "none", dtype: str = "fp32") -> Path:
+    def make(
+        backend: str, quant: str = "none", dtype: str = "fp32", target: str | None = None
+    ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
         from runners.console import Console
 
-        out = folder / f"{backend}-{quant}-{dtype}"
+        out = folder / f"{backend}-{quant}-{dtype}-{target}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
@@ -69,6 +71,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "backend": backend,
                     "quant": quant,
                     "dtype": dtype,
+                    "target": target,
                     **SETTINGS,
                 }
             )

@@ -7,7 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-__all__ = ["BACKENDS", "Backend", "Built", "backend", "builder"]
+from optimizer.progress import Progress
+from runners.signature import Signature
+
+__all__ = ["BACKENDS", "Backend", "Built", "How", "backend", "builder"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Backend:
     form: Literal["onnx", "torch"]
     """What it builds from: an ONNX file, or the component as runners.engines.eager stores it."""
     dtypes: tuple[str, ...]
-    """Legal compute dtypes on a CPU."""
+    """Legal compute dtypes, the first of which is what a profile's illegal one becomes."""
     library: str
     """The distribution whose version decides what comes out."""
     module: str
@@ -27,9 +30,27 @@ class Backend:
     computes: frozenset[tuple[str, int]] = frozenset()
     """(format, weight's number of axes: 2 of a linear, 4 of a convolution) of the layers of which
     each must be seen to run on a low-bit kernel."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What its engines run on."""
+    capabilities: tuple[str, ...] = ()
+    """Compute capabilities of the cards that it builds for without having one; empty: it builds
+    for the machine it runs on."""
+    zero_points: bool = True
+    """Whether it takes quantizations around another code than 0."""
+    int4_axes: frozenset[int] = frozenset({2, 4})
+    """Axes of the weights that it takes in 4 bits."""
+    factors: bool = True
+    """Whether rounding the factors of attention's products lets it run them in 8 bits."""
+    kernel_bytes: int = 0
+    """Of an engine's files beside weights and graph."""
+    low_bit_kernel_bytes: int = 0
+    """And as many more where inputs are rounded."""
+    build_memory: float = 0.0
+    """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
 
 
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
+_ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
 
 BACKENDS: dict[str, Backend] = {
@@ -54,6 +75,39 @@ BACKENDS: dict[str, Backend] = {
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
         ),
         Backend(
+            "tensorrt-rtx",
+            "onnx",
+            ("fp16", "bf16"),
+            "tensorrt-rtx",
+            "optimizer.backends.tensorrt",
+            _ON_CARDS,
+            frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
+            device="gpu",
+            capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+            zero_points=False,
+            int4_axes=frozenset({2}),
+            factors=False,
+            kernel_bytes=20_000_000,
+            low_bit_kernel_bytes=22_000_000,
+            build_memory=3.2,
+        ),
+        Backend(
+            "tensorrt",
+            "onnx",
+            ("fp16", "bf16"),
+            "tensorrt",
+            "optimizer.backends.tensorrt",
+            _ON_CARDS,
+            frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
+            device="gpu",
+            zero_points=False,
+            int4_axes=frozenset({2}),
+            factors=False,
+            kernel_bytes=20_000_000,
+            low_bit_kernel_bytes=22_000_000,
+            build_memory=3.2,
+        ),
+        Backend(
             "eager",
             "torch",
             ("fp32", "bf16"),
@@ -66,23 +120,40 @@ BACKENDS: dict[str, Backend] = {
 
 
 @dataclass(frozen=True)
+class How:
+    """What a builder needs to know beside the files."""
+
+    backend: str
+    dtype: str
+    role: str
+    signature: Signature
+    dynamic: bool = False
+    """Whether the runtime may round inputs of 4-bit layers to 8 bits as they come."""
+    capabilities: tuple[str, ...] = ()
+    """Of the cards to build for; empty: whatever the backend's engines run on by themselves."""
+    weight_streaming: bool = False
+    """Whether weights may stay in the host's memory, where the card's is too small."""
+
+
+@dataclass(frozen=True)
 class Built:
     """What a builder wrote: files by their role in the backend, and the engine's properties."""
 
     files: dict[str, str]
     properties: dict[str, str | int | float | bool]
+    proof: dict[str, str] | None = None
+    """Files of an ONNX Runtime engine of the same graph (`graph`, `weights`), on which its numbers
+    are proved where the engine itself can't run."""
+    low_bit_layers: int | None = None
+    """How many linears and convolutions the builder says will run in 8 bits or fewer; None where
+    the open engine is asked, or nobody knows."""
 
 
 class Builder(Protocol):
-    """The one function that a backend's file has."""
+    """The functions that a backend's file has."""
 
-    def build(
-        self, source: Path, out: Path, *, dtype: str, role: str, dynamic: bool = False
-    ) -> Built:
-        """Turn the files in `source` into an engine's files in `out`.
-
-        With `dynamic`, inputs of 4-bit layers may be rounded to 8 bits as they come.
-        """
+    def build(self, source: Path, out: Path, how: How, progress: Progress) -> Built:
+        """Turn the files in `source` into an engine's files in `out`."""
 
     def low_bit_layers(self, engine: Any) -> int | None:
         """How many linears and convolutions the open engine runs in 8 bits or fewer, if known."""

@@ -6,24 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from optimizer.backends import Built
+from optimizer.backends import Built, How
+from optimizer.progress import Progress
 
 __all__ = ["build", "low_bit_layers"]
 
 
-def build(
-    source: Path,
-    out: Path,
-    *,
-    dtype: str,
-    role: str,
-    dynamic: bool = False,  # noqa: ARG001
-) -> Built:
+def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Copy config, layer table and weights into `out`."""
     files = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
     for name in files.values():
         shutil.copyfile(source / name, out / name)
-    return Built(files=files, properties={"role": role, "dtype": {"fp32": "f32"}.get(dtype, dtype)})
+    dtype = {"fp32": "f32"}.get(how.dtype, how.dtype)
+    return Built(files=files, properties={"role": how.role, "dtype": dtype})
 
 
 def low_bit_layers(engine: Any) -> int:  # noqa: ARG001

@@ -7,8 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from optimizer.backends import Built
+from optimizer.backends import Built, How
 from optimizer.backends.onnxruntime_kernels import KERNELS, use_kernels
+from optimizer.progress import Progress
 from runners.engines.onnxruntime import ACCURACY
 
 __all__ = ["build", "low_bit_layers"]
@@ -16,14 +17,7 @@ __all__ = ["build", "low_bit_layers"]
 _GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
 
 
-def build(
-    source: Path,
-    out: Path,
-    *,
-    dtype: str,  # noqa: ARG001
-    role: str,  # noqa: ARG001
-    dynamic: bool = False,  # noqa: ARG001
-) -> Built:
+def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Write graph and weights into `out`; the session optimizes when it opens."""
     model = ir.load(source / _GRAPH)
     use_kernels(model)

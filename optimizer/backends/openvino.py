@@ -10,7 +10,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from optimizer.backends import Built
+from optimizer.backends import Built, How
+from optimizer.progress import Progress
 from profiles.errors import BuildError
 
 __all__ = ["FILES", "build", "low_bit_layers", "properties", "save"]
@@ -25,14 +26,7 @@ _HEAVY = {"Convolution", "FullyConnected"}
 _LOW = {"i8", "u8", "i4", "u4"}
 
 
-def build(
-    source: Path,
-    out: Path,
-    *,
-    dtype: str,
-    role: str,  # noqa: ARG001
-    dynamic: bool = False,
-) -> Built:
+def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Write graph.xml.gz and weights.bin into `out`."""
     try:
         model = ov.Core().read_model(source / "model.onnx")
@@ -40,8 +34,8 @@ def build(
         raise BuildError(
             f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
         ) from error
-    save(model, out, dtype=dtype)
-    return Built(files=dict(FILES), properties=properties(dtype, dynamic=dynamic))
+    save(model, out, dtype=how.dtype)
+    return Built(files=dict(FILES), properties=properties(how.dtype, dynamic=how.dynamic))
 
 
 def save(model: ov.Model, out: Path, *, dtype: str) -> None:

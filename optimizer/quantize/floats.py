@@ -31,7 +31,7 @@ def nf4(weight: Tensor) -> dict[str, Tensor]:
 
 
 def nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    """`codes` uint8, e2m1's bits; `scale` [out, in/16, ...]: e4m3 values times the tensor's scale.
+    """`codes` uint8, e2m1's bits; `scale` e4m3 [out, in/16, ...], times the tensor's, `whole` 0-d.
 
     The tensor's scale puts the largest block scale at e4m3's largest value.
     """
@@ -39,10 +39,9 @@ def nvfp4(weight: Tensor) -> dict[str, Tensor]:
     groups = weight.reshape(out, channels // _GROUP, _GROUP, *weight.shape[2:])
     peak = groups.abs().amax(2)
     whole = (peak.max() / (_FP4_MAX * FP8_MAX)).clamp_min(2.0**-60)
-    small = (peak / _FP4_MAX / whole).clamp_min(2.0**-9).to(torch.float8_e4m3fn).float()
-    scale = small * whole
-    steps = groups / scale.unsqueeze(2)
+    small = (peak / _FP4_MAX / whole).clamp_min(2.0**-9).to(torch.float8_e4m3fn)
+    steps = groups / (small.float() * whole).unsqueeze(2)
     values = torch.tensor(FP4_VALUES[:8])
     sizes = torch.bucketize(steps.abs(), (values[1:] + values[:-1]) / 2)
     codes = (sizes + 8 * (steps < 0)).to(torch.uint8)
-    return {"codes": codes.view(weight.shape), "scale": scale}
+    return {"codes": codes.view(weight.shape), "scale": small, "whole": whole}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from optimizer.backends import backend
 from optimizer.calls import Call
 from optimizer.load import load_module
 from optimizer.numerics import Sqnr
@@ -23,6 +24,7 @@ from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import quantizable_layers, quantized_layer
 from optimizer.quantize.observe import LayerStatistics
+from optimizer.quantize.policy import legal_scheme
 from optimizer.quantize.schemes import W8A8, Scheme
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, LayerLosses, Loss, Sensitivity
 from optimizer.record import load_statistics, trial_calls
@@ -100,7 +102,7 @@ def _fitting(name: str, shape: tuple[int, ...], job: Job) -> list[Scheme]:
     for scheme in job.candidates:
         fitted = scheme.fitted(shape)
         if isinstance(fitted, W8A8) and any(fnmatchcase(name, p) for p in job.spec.factors):
-            fitted = W8A8(output=True)
+            fitted = legal_scheme(W8A8(output=True), backend(job.backend))
         if fitted not in found:
             found.append(fitted)
     return found

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from pydantic import BaseModel, ConfigDict
 
+from optimizer.backends import Backend
 from optimizer.families.base import ComponentSpec
 from optimizer.quantize.schemes import (
     KEEP,
@@ -21,7 +22,16 @@ from optimizer.quantize.schemes import (
 )
 from profiles.errors import SpecError
 
-__all__ = ["AUTO", "LEVELS", "Policy", "Rule", "default_policy", "policy_names"]
+__all__ = [
+    "AUTO",
+    "LEVELS",
+    "Policy",
+    "Rule",
+    "default_policy",
+    "legal_policy",
+    "legal_scheme",
+    "policy_names",
+]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
@@ -98,6 +108,30 @@ def default_policy(quant: str, component: ComponentSpec, solver: str = "mse") ->
     return Policy(
         rules=(*guarding_rules(component, scheme), Rule(pattern="*", scheme=scheme)), solver=solver
     )
+
+
+def legal_policy(policy: Policy, backend: Backend) -> Policy:
+    """The policy with each scheme in the variant that the backend takes."""
+    rules = tuple(
+        rule.model_copy(update={"scheme": legal_scheme(rule.scheme, backend)})
+        for rule in policy.rules
+    )
+    return policy.model_copy(update={"rules": rules})
+
+
+def legal_scheme(scheme: Scheme, backend: Backend) -> Scheme:
+    """Codes around 0 where the backend takes no others, 8 bits for convolutions where it takes no
+    fewer, and no rounding of factors that it wouldn't multiply in 8 bits.
+    """
+    if isinstance(scheme, W8A8):
+        changed = {
+            "zero_point": scheme.zero_point and backend.zero_points,
+            "output": scheme.output and backend.factors,
+        }
+        return scheme.model_copy(update=changed)
+    if isinstance(scheme, W4A16 | Nvfp4) and 4 not in backend.int4_axes:
+        return scheme.model_copy(update={"linears_only": True})
+    return scheme
 
 
 def guarding_rules(component: ComponentSpec, scheme: Scheme) -> tuple[Rule, ...]:

@@ -171,9 +171,13 @@ class Nvfp4(_Scheme):
 
     bits: ClassVar[int] = 4
     kind: Literal["nvfp4"] = "nvfp4"
+    linears_only: bool = False
+    """Convolutions get 8 bits, for backends that have no others in fewer."""
 
     def fitted(self, shape: Shape) -> Scheme:
         """8 bits where 16 doesn't divide the inputs."""
+        if self.linears_only and len(shape) > 2:
+            return W8A16()
         return self if shape[1] % 16 == 0 else W8A16()
 
     def stored_bytes(self, shape: Shape, float_bytes: int) -> int:  # noqa: ARG002

@@ -12,10 +12,17 @@ __all__ = ["ENGINES", "EXTRAS", "engine_class"]
 ENGINES: dict[str, str] = {
     "openvino": "runners.engines.openvino:OpenVinoEngine",
     "onnxruntime": "runners.engines.onnxruntime:OnnxRuntimeEngine",
+    "tensorrt-rtx": "runners.engines.tensorrt:TensorRtEngine",
+    "tensorrt": "runners.engines.tensorrt:TensorRtEngine",
     "eager": "runners.engines.eager:EagerEngine",
 }
 
-EXTRAS: dict[str, str] = {"openvino": "cpu", "onnxruntime": "cpu"}
+EXTRAS: dict[str, str] = {
+    "openvino": "cpu",
+    "onnxruntime": "cpu",
+    "tensorrt-rtx": "rtx",
+    "tensorrt": "tensorrt",
+}
 """Backend -> the extra of the package that installs its library."""
 
 

@@ -10,10 +10,10 @@ from typing import Any, Self, final
 
 import numpy as np
 
-from profiles.errors import BundleError
+from profiles.errors import BundleError, DeviceMismatch
 from runners.signature import Signature
 
-__all__ = ["Array", "Buffer", "Engine", "Properties"]
+__all__ = ["Array", "Buffer", "DeviceEngine", "Engine", "Properties"]
 
 Array = np.ndarray[Any, Any]
 Buffer = bytes | bytearray | mmap
@@ -40,6 +40,21 @@ class Engine(ABC):
         self.files, self.signature, self.threads = files, signature, threads
         self.properties = dict(properties)
         self._opened = False
+
+    @classmethod
+    def usable_here(cls, properties: Properties) -> bool:  # noqa: ARG003
+        """Whether this machine has what engines of these properties run on."""
+        return True
+
+    @classmethod
+    def require_here(cls, properties: Properties) -> None:
+        """Raise DeviceMismatch, naming what is needed and what is here, unless `usable_here`."""
+        if not cls.usable_here(properties):
+            raise DeviceMismatch("The engine was built for another machine: compile it again here.")
+
+    def machine(self) -> str:
+        """What the open engine runs on, in words that stay the same."""
+        return "this processor"
 
     @final
     def __enter__(self) -> Self:
@@ -94,3 +109,25 @@ class Engine(ABC):
 
     @abstractmethod
     def _close(self) -> None: ...
+
+
+class DeviceEngine(Engine):
+    """An engine whose inputs and outputs live on a card, as torch tensors."""
+
+    @final
+    def on_device(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """As calling it, with torch tensors on the card in the place of arrays."""
+        if not self._opened:
+            raise RuntimeError("the engine is not open: use it as a context manager")
+        self.signature.check(feeds)
+        return self._run_tensors({name: tensor.contiguous() for name, tensor in feeds.items()})
+
+    @final
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        import torch
+
+        given = {name: torch.from_numpy(array).cuda() for name, array in feeds.items()}
+        return {name: tensor.cpu().numpy() for name, tensor in self._run_tensors(given).items()}
+
+    @abstractmethod
+    def _run_tensors(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...

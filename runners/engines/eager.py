@@ -102,7 +102,8 @@ def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> Quan
     if quantization.bits == 4:
         signed = quantization.format == "int4"
         tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]), signed=signed)
-    tensors["scale"] = tensors["scale"].float()
+    if tensors["scale"].dtype == torch.float16:
+        tensors["scale"] = tensors["scale"].float()
     return QuantizedLayer(quantization, tensors, form["convolution"])
 
 

@@ -20,6 +20,9 @@ from runners.manifest import ComponentEntry
 from runners.pipeline import open_engine
 
 MakeBundle = Callable[..., Path]
+HERE = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
+"""Engines that every machine can run; what a card's engine can show without one is in
+test_tensorrt.py."""
 ROLES = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
 
@@ -82,7 +85,7 @@ def first_output(engine: Engine, given: dict[str, Array]) -> Array:
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_an_engine_agrees_with_the_fp32_module_at_two_sizes_in_turn(
     opened: Opened, tiny_model: Path, backend: str, role: str
 ) -> None:
@@ -123,7 +126,7 @@ def test_bf16_costs_what_bf16_may(opened: Opened, has_bf16: bool) -> None:
         assert limit_db(EXACT_DB, "bf16") <= sqnr_db([(wanted, found)]) < 80
 
 
-@pytest.mark.parametrize("backend", [name for name in ENGINES if name != "eager"])
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "eager"])
 def test_a_quantized_engine_loses_what_the_oracle_loses(opened: Opened, backend: str) -> None:
     """At most 1 dB more, as check.py says, on the same feeds.
 
@@ -142,7 +145,7 @@ def test_a_quantized_engine_loses_what_the_oracle_loses(opened: Opened, backend:
         assert sqnr_db([(wanted, first_output(engine, given))]) >= limit_db(lost, "fp32")
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_feeds_are_checked_before_they_reach_the_library(opened: Opened, backend: str) -> None:
     engine, entry = opened(backend, "denoiser")
     given = feeds(entry, sizes(entry, 1, 1.0, 1.0))
@@ -164,7 +167,7 @@ def test_feeds_are_checked_before_they_reach_the_library(opened: Opened, backend
         assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_arrays_that_are_not_contiguous_are_taken(opened: Opened, backend: str) -> None:
     engine, entry = opened(backend, "denoiser")
     given = feeds(entry, sizes(entry, 1, 1.0, 1.0))
@@ -173,7 +176,7 @@ def test_arrays_that_are_not_contiguous_are_taken(opened: Opened, backend: str) 
     np.testing.assert_array_equal(first_output(engine, turned), first_output(engine, given))
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_outputs_are_the_callers_to_keep(opened: Opened, backend: str) -> None:
     engine, entry = opened(backend, "denoiser")
     size = sizes(entry, 1, 1.0, 1.0)
@@ -183,7 +186,7 @@ def test_outputs_are_the_callers_to_keep(opened: Opened, backend: str) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_the_same_feeds_give_the_same_bytes(opened: Opened, backend: str) -> None:
     engine, entry = opened(backend, "denoiser", "int8")
     given = feeds(entry, sizes(entry, 2, 1.0, 1.0))
@@ -198,7 +201,7 @@ def reopened(bundle: Path, **properties: Any) -> Engine:
     return open_engine(found, changed, threads=1)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_closed_engine_does_not_run_and_closes_twice(bundle: MakeBundle, backend: str) -> None:
     engine = reopened(bundle(backend))
     with pytest.raises(RuntimeError, match="not open"):
@@ -210,7 +213,7 @@ def test_a_closed_engine_does_not_run_and_closes_twice(bundle: MakeBundle, backe
         engine({})
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_property_of_the_manifest_that_cannot_be_set_is_an_error(
     bundle: MakeBundle, backend: str
 ) -> None:
@@ -349,7 +352,7 @@ def test_a_backend_whose_library_is_missing_names_the_command(
     assert 'pip install "kiln-diffusion[cpu]"' in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_broken_engine_files_are_a_bundle_error(bundle: MakeBundle, backend: str) -> None:
     """Bytes that pass the digests, because whoever wrote the manifest hashed them so."""
     found = open_bundle(bundle(backend))

@@ -1,0 +1,275 @@
+"""ONNX -> an engine of TensorRT-RTX or TensorRT, for cards that needn't be in this machine.
+
+The graph is narrowed first, with every type written out, and nothing is left to the builder's own
+choice of precision. What goes in is kept beside the engine as its proof: on a machine without a
+card, ONNX Runtime runs it in the engine's place when it is checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+
+from optimizer.backends import Built, How
+from optimizer.graph import fold_fp4
+from optimizer.narrow import narrow
+from optimizer.progress import Progress
+from profiles.errors import BuildError
+from runners.engines.tensorrt import LIBRARIES, card_capability, import_library
+from runners.engines.tensorrt_plan import read_header
+from runners.signature import Dim, TensorSpec
+
+__all__ = ["build", "low_bit_layers"]
+
+_ENGINE = "engine.plan"
+_LOW = {"Int8", "Int4", "FP8", "FP4"}
+_PRODUCTS = {"MatMul", "Gemm", "Conv"}
+_SHOWN = 5
+
+
+def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
+    """Write engine.plan, exactly the builder's bytes, and the graph that it was built from.
+
+    Raises BuildError with the library's own words.
+    """
+    proof = _write_provable(source, how, out / "proof.onnx")
+    log = _Log()
+    with TemporaryDirectory(dir=out) as private:
+        graph = Path(private) / "narrow.onnx"
+        products = _write_narrow(source, how, graph)
+        plan = _build_plan(graph, how, log, progress)
+    (out / _ENGINE).write_bytes(plan)
+    _check_header(plan, how)
+    return Built(
+        files={"engine": _ENGINE},
+        properties={
+            "library": LIBRARIES[how.backend].module,
+            "version": str(import_library(how.backend).__version__),
+            "capabilities": ",".join(how.capabilities or _own_card(how)),
+            "weight_streaming": how.weight_streaming,
+        },
+        proof=proof,
+        low_bit_layers=_seen_low_bits(log.lines, products),
+    )
+
+
+def _own_card(how: How) -> tuple[str, ...]:
+    """What an engine without a target is for: the card here, or any card."""
+    return () if LIBRARIES[how.backend].cross else (card_capability(),)
+
+
+def low_bit_layers(engine: Any) -> int | None:  # noqa: ARG001
+    """None: a loaded engine doesn't say it of a card's kernels; the builder's log does."""
+    return None
+
+
+def _write_narrow(source: Path, how: How, path: Path) -> dict[str, bool]:
+    """What the library gets; the products of quantized weights, as `_quantized_products` says."""
+    model = ir.load(source / "model.onnx")
+    products = _quantized_products(model.graph)
+    narrow(model, how.dtype)
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return products
+
+
+def _write_provable(source: Path, how: How, path: Path) -> dict[str, str]:
+    """The same graph as far as ONNX Runtime has kernels on a processor: in fp16 where that is asked
+    for, but bf16 as fp32, and e2m1 weights as what they stand for.
+    """
+    model = ir.load(source / "model.onnx")
+    fold_fp4(model)
+    if how.dtype == "fp16":
+        narrow(model, "fp16")
+    data = path.with_name(f"{path.name}.data")
+    ir.save(model, path, external_data=data.name)
+    data.touch()
+    return {"graph": path.name, "weights": data.name}
+
+
+def _quantized_products(graph: ir.Graph) -> dict[str, bool]:
+    """Products whose weights are dequantized constants -> whether their inputs are rounded too."""
+    found = {}
+    for node in graph:
+        if node.op_type in _PRODUCTS:
+            sources = [_dequantized(value) for value in node.inputs[:2]]
+            if any(value is not None and value.is_initializer() for value in sources):
+                found[node.name or ""] = all(value is not None for value in sources)
+    return found
+
+
+def _dequantized(value: ir.Value | None) -> ir.Value | None:
+    """The codes that a value is dequantized from, transposed or not."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Transpose", "Cast"):
+        first = node.inputs[0]
+        node = first.producer() if first is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+class _Log:
+    """What the builder says, kept: a line each, with its severity."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+
+    def text(self) -> str:
+        """The last lines, for `-v`."""
+        return "\n".join([*self.lines[-200:], *self.errors])
+
+
+def _build_plan(graph: Path, how: How, log: _Log, progress: Progress) -> bytes:
+    trt = import_library(how.backend)
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        first = f"{errors[0].desc()} (at {errors[0].node_name()})" if errors else "no reason given"
+        raise BuildError(f"{how.backend} can't read the exported graph: {first}.", log=log.text())
+    _let_attention_decompose(trt, network)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = _monitor(trt, progress)
+    if how.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if LIBRARIES[how.backend].cross:
+        wanted = [getattr(trt.ComputeCapability, _sm(name)) for name in how.capabilities]
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            config.set_compute_capability(capability, index)
+    for ranges in _profiles(how):
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in ranges.items():
+            profile.set_shape(name, low, best, high)
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        words = "; ".join(log.errors[-_SHOWN:]) or "no reason given"
+        raise BuildError(f"{how.backend} can't build {how.role}: {words}.", log=log.text())
+    return bytes(plan)
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Let attention that no dedicated kernel fits (small heads) run as its parts, not fail."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # how the bindings give the subclass
+            layer.attention.decomposable = True
+
+
+def _sm(capability: str) -> str:
+    return "SM" + capability.replace(".", "")
+
+
+def _logger(trt: Any, log: _Log) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            log.lines.extend(message.splitlines())
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                log.errors.append(message)
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes on the steps of the outermost phase."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer: tuple[str, int] | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outer = (phase, max(1, steps))
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if self.outer is not None and phase == self.outer[0]:
+                progress(step + 1, self.outer[1])
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            if self.outer is not None and phase == self.outer[0]:
+                progress(self.outer[1], self.outer[1])
+
+    return Monitor()
+
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+def _profiles(how: How) -> Iterator[Shapes]:
+    """Smallest, best and largest shape of every input; TensorRT tunes one more for the best alone.
+
+    TensorRT-RTX compiles kernels for the shapes that come when it runs, so one is enough there.
+    """
+    signature = how.signature
+    if LIBRARIES[how.backend].tunes_for_best:
+        best = {dim.name: dim.opt for dim in signature.dims}
+        yield {spec.name: (_shape(spec, best),) * 3 for spec in signature.inputs}
+    limits = [{d.name: _limits(d)[i] for d in signature.dims} for i in range(3)]
+    yield {
+        spec.name: (_shape(spec, limits[0]), _shape(spec, limits[1]), _shape(spec, limits[2]))
+        for spec in signature.inputs
+    }
+
+
+def _limits(dim: Dim) -> tuple[int, int, int]:
+    return dim.nearest(dim.min), dim.nearest(dim.opt), dim.nearest(dim.max)
+
+
+def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
+
+
+def _check_header(plan: bytes, how: How) -> None:
+    """Raise BuildError where the file says that it is for other cards than were asked for."""
+    header = read_header(plan)
+    if header is None or not LIBRARIES[how.backend].cross:
+        return
+    asked = (
+        how.capabilities or header.capabilities
+    )  # a portable one lists what it happens to run on
+    if header.size != len(plan) or header.capabilities != asked:
+        raise BuildError(
+            f"{how.backend} wrote {len(plan)} bytes for {', '.join(asked)}, and the file says "
+            f"{header.size} for {', '.join(header.capabilities)}: report the model."
+        )
+
+
+_LAYER = re.compile(
+    r"Name: .*?, LayerType: \w+, Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs): (?P<rest>.*)"
+)
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_TYPE = re.compile(r"Datatype: (\w+)")
+
+
+def _seen_low_bits(lines: list[str], products: Mapping[str, bool]) -> int | None:
+    """How many of these products the builder gave a kernel of low bits.
+
+    That reads 8-bit inputs where the product's are rounded, else weights of 8 or 4 bits as they are
+    stored. From its description of the engine's layers, each with the nodes that went into it;
+    None where the log has none.
+    """
+    described = [match for line in lines if (match := _LAYER.search(line)) is not None]
+    if not described:
+        return None
+    low: set[str] = set()
+    for match in described:
+        rounded = not _LOW.isdisjoint(_TYPE.findall(match["inputs"]))
+        stored = not _LOW.isdisjoint(_TYPE.findall(match["rest"].split("Outputs:")[0]))
+        for name in _NODE.findall(match["rest"]):
+            if name in products and (rounded if products[name] else stored):
+                low.add(name)
+    return len(low)

@@ -1,0 +1,192 @@
+"""TensorRT-RTX engines for cards that aren't here: built, and proved as far as that goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizer.backends import How
+from runners.bundle import open_bundle, read_manifest
+from runners.engines.tensorrt_plan import read_header
+from tests.conftest import SETTINGS
+
+pytest.importorskip("tensorrt_rtx")
+
+Kiln = Callable[..., Any]
+MakeBundle = Callable[..., Path]
+CARDS = "sm86,sm89,sm120"
+COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_every_component_builds_for_three_architectures_at_once(
+    bundle: MakeBundle, quant: str
+) -> None:
+    found = open_bundle(bundle("tensorrt-rtx", quant, "fp16", CARDS))
+    assert {entry.name for entry in found.manifest.components} == set(COMPONENTS)
+    for entry in found.manifest.components:
+        header = read_header(found.file(entry.files["engine"]))
+        assert header is not None
+        assert header.capabilities == entry.capabilities == ("8.6", "8.9", "12.0")
+        assert header.version == entry.properties["version"]
+        assert (entry.ran, entry.load_seconds) == (False, None)
+        assert entry.selftest in found.manifest.files
+        assert entry.sqnr_db is not None
+        assert entry.oracle_sqnr_db is not None
+    assert found.manifest.speed is None
+
+
+def test_each_layer_that_rounds_its_inputs_is_seen_on_an_8_bit_kernel(bundle: MakeBundle) -> None:
+    entry = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).component("denoiser")
+    policy = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).policies["unet"]
+    assert not any(rule["scheme"].get("zero_point") for rule in policy["rules"])
+    assert entry.layers_low_bit is not None
+    weight_only = sum(rule["scheme"]["kind"] == "w8a16" for rule in policy["rules"])
+    assert weight_only
+    assert 0.8 * entry.layers_quantized < entry.layers_low_bit <= entry.layers_quantized
+
+
+def test_weights_of_few_bits_shrink_the_engine(bundle: MakeBundle) -> None:
+    """Kernels weigh four times as much as this model's weights; the benchmark has a full size."""
+    none, few = (
+        read_manifest(bundle("tensorrt-rtx", quant, "fp16", CARDS)).component("denoiser")
+        for quant in ("none", "int4")
+    )
+    assert few.engine_bytes < none.engine_bytes
+
+
+def test_the_same_graph_gives_the_same_bytes_again(bundle: MakeBundle, tmp_path: Path) -> None:
+    from optimizer.backends import tensorrt as builder
+
+    made = bundle("tensorrt-rtx", "none", "fp16", CARDS)
+    entry = read_manifest(made).component("vae_decoder")
+    source = prepared(made, tmp_path)
+    how = How("tensorrt-rtx", "fp16", entry.role, entry.signature, capabilities=("8.6",))
+    plans = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        builder.build(source, tmp_path / name, how, lambda _done, _total: None)
+        plans.append((tmp_path / name / "engine.plan").read_bytes())
+    assert plans[0] == plans[1]
+
+
+def prepared(made: Path, tmp_path: Path) -> Path:
+    """The exported graph of the tiny VAE's decoder, from the store that its bundle left it in."""
+    import os
+
+    root = Path(os.environ["KILN_CACHE"])
+    wanted = read_manifest(made).component("vae_decoder").signature.inputs[0].name
+    for folder in sorted(root.glob("v1/prepared/*")):
+        import onnx
+
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+        if [value.name for value in graph.input] == [wanted]:
+            return Path(shutil.copytree(folder, tmp_path / "prepared"))
+    raise AssertionError("no stage of the decoder")
+
+
+def test_an_engine_is_refused_where_there_is_no_card(
+    kiln: Kiln, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    made = bundle("tensorrt-rtx", "int8", "fp16", CARDS)
+    ended = kiln("generate", made, "--prompt", "a", "-o", tmp_path / "a.png")
+    assert ended.code == 10
+    assert ended.sentence == (
+        "Error: The engine was built for sm86, sm89, sm120, and no NVIDIA card is usable here: "
+        "check the driver with nvidia-smi, or compile for this machine without --target."
+    )
+
+
+def test_inspect_says_that_it_has_not_run(kiln: Kiln, bundle: MakeBundle) -> None:
+    shown = kiln("inspect", bundle("tensorrt-rtx", "int8", "fp16", CARDS)).out
+    assert "built for  sm86, sm89, sm120; built: yes, run: not yet" in shown
+
+
+def test_another_version_of_the_library_is_refused(bundle: MakeBundle) -> None:
+    from profiles.errors import DeviceMismatch
+    from runners.engines.tensorrt import TensorRtEngine
+
+    entry = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).component("denoiser")
+    with pytest.raises(DeviceMismatch) as caught:
+        TensorRtEngine.require_here({**entry.properties, "version": "1.6.0.1"})
+    assert "built by tensorrt_rtx 1.6.0.1 and 1.7.1.116 is installed" in str(caught.value)
+
+
+def test_the_plan_says_what_the_backend_gets_instead(kiln: Kiln, tiny_model: Path) -> None:
+    how = ("compile", tiny_model, "--target", "rtx-4090", "--dry-run")
+    assert "takes no zero points: inputs are rounded around 0" in kiln(*how).out
+    assert "takes no convolutions in 4 bits: they get 8" in kiln(*how, "--quant", "int4").out
+    document = json.loads(kiln(*how, "--json").out)
+    assert document["recipe"]["backend"] == "tensorrt-rtx"
+    assert document["recipe"]["dtype"] == "fp16"
+    assert document["profile"] == "nvidia-rtx"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--target", "rtx-4091"), 2, "rtx-4090"),
+        (("--target", "sm90"), 10, "tensorrt-rtx doesn't build for sm90: it builds for sm75"),
+        (("--target", "sm86", "--quant", "fp8"), 10, "can't be fp8: sm86 has no fp8"),
+        (("--target", "rtx-3090,sm89", "--quant", "fp8"), 10, "leave it out of --target"),
+        (("--target", "sm75", "--dtype", "bf16"), 10, "sm75, which has no bf16 products"),
+        (("--target", "sm86", "--backend", "openvino"), 10, "use --backend tensorrt-rtx"),
+        (("--backend", "tensorrt-rtx"), 10, "name them with --target"),
+        (("--target", "sm86", "--dtype", "fp32"), 10, "use fp16 or bf16"),
+        (("--target", "sm86", "--quant", "nf4"), 10, "tensorrt-rtx doesn't read nf4"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_the_plan(
+    kiln: Kiln, tiny_model: Path, arguments: tuple[str, ...], code: int, sentence: str
+) -> None:
+    ended = kiln("compile", tiny_model, "--dry-run", *arguments)
+    assert ended.code == code, ended.err
+    assert sentence in ended.sentence
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sentence"),
+    [
+        ({"kind": "w8a8"}, "takes no zero points; set zero_point to false"),
+        ({"kind": "w4a16"}, "takes no convolutions in 4 bits; set linears_only to true"),
+    ],
+)
+def test_a_policy_that_asks_for_the_impossible_is_refused_with_the_layers_name(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, scheme: dict[str, str], sentence: str
+) -> None:
+    recipe = {
+        "model": str(tiny_model),
+        "target": "sm86",
+        "quant": "auto",
+        "budget": "0.5x",
+        "policy": {"rules": [{"pattern": "*resnets.0.conv1", "scheme": scheme}]},
+        **SETTINGS,
+    }
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    ended = kiln("compile", "--recipe", path, "--dry-run")
+    assert ended.code == 10
+    assert "down_blocks.0.resnets.0.conv1 can't be" in ended.sentence
+    assert sentence in ended.sentence
+
+
+def test_too_little_memory_for_the_builder_is_refused_before_anything_runs(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from profiles import hardware
+
+    poor = hardware.detect().model_copy(update={"ram_available_bytes": 1 << 20})
+    monkeypatch.setattr(hardware, "detect", lambda: poor)
+    ended = kiln("compile", tiny_model, "--target", "sm86", "-o", tmp_path / "out")
+    assert ended.code == 13
+    assert "and 0.0 are free: close other programs" in ended.sentence
+    assert not (tmp_path / "out").exists()

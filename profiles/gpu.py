@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from profiles.errors import SpecError
+from profiles.toml_file import parse_toml
 
 __all__ = [
     "PEAKS",
@@ -165,18 +165,7 @@ def parse(text: str, *, name: str) -> Gpu:
 
     Raises `SpecError` naming every wrong entry.
     """
-    try:
-        gpu = Gpu.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"The card {name} is no valid TOML: {error}.") from error
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise SpecError(f"The card {name} is wrong: {wrong}.") from error
-    if gpu.name != name:
-        raise SpecError(f"The card {name} says it is called {gpu.name!r}: make them equal.")
-    return gpu
+    return parse_toml(Gpu, text, what="card", name=name)
 
 
 @cache

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from profiles.errors import SpecError, UnsupportedError
+from profiles.toml_file import parse_toml
 
 if TYPE_CHECKING:
     from profiles.hardware import Hardware
@@ -108,19 +108,7 @@ def parse(text: str, *, name: str) -> Profile:
 
     Raises `SpecError` naming every wrong entry.
     """
-    try:
-        fields: dict[str, Any] = tomllib.loads(text)
-        profile = Profile.model_validate(fields)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"the profile {name} is no valid TOML: {error}") from error
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise SpecError(f"the profile {name} is wrong: {wrong}") from error
-    if profile.name != name:
-        raise SpecError(f"the profile {name} says it is called {profile.name!r}: make them equal")
-    return profile
+    return parse_toml(Profile, text, what="profile", name=name)
 
 
 @cache

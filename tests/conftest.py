@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 import pytest
 
+from optimizer.backends import BACKENDS
 from tests.tiny_pipelines import tiny_sd
 
 SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "batch": 2}
 """What all bundles of the tests are compiled for; the tiny model's native size is 64."""
+
+
+HERE = tuple(name for name, backend in BACKENDS.items() if backend.device == "cpu")
+"""Backends whose engines every machine runs."""
 
 
 class Ended(NamedTuple):

@@ -7,6 +7,7 @@ card, ONNX Runtime runs it in the engine's place when it is checked.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     with TemporaryDirectory(dir=out) as private:
         graph = Path(private) / "narrow.onnx"
         products = _write_narrow(source, how, graph)
+        gc.collect()  # graphs are full of cycles, and would keep the exported file mapped
         plan = _build_plan(graph, how, log, progress)
     (out / _ENGINE).write_bytes(plan)
     _check_header(plan, how)

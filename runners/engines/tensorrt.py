@@ -18,7 +18,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from profiles.errors import BundleError, DeviceMismatch, OutOfMemory
+from profiles.errors import BundleError, DeviceMismatch, MissingError, OutOfMemory
 from profiles.target import sm
 from runners.engines.base import DeviceEngine, Properties
 from runners.engines.tensorrt_plan import read_header
@@ -87,13 +87,15 @@ class TensorRtEngine(DeviceEngine):
     @classmethod
     def usable_here(cls, properties: Properties) -> bool:
         """Whether there is a card, of an architecture that the engine was built for."""
-        capabilities = str(properties["capabilities"])
-        return torch.cuda.is_available() and (not capabilities or card_capability() in capabilities)
+        if not torch.cuda.is_available():
+            return False
+        built_for = _capabilities(properties)
+        return not built_for or card_capability() in built_for
 
     @classmethod
     def require_here(cls, properties: Properties) -> None:
         """Raise DeviceMismatch, with both values, for another version or card."""
-        trt, wanted = import_module(_library(properties).module), str(properties["version"])
+        trt, wanted = _imported(properties), str(properties["version"])
         if str(trt.__version__) != wanted:
             raise DeviceMismatch(
                 f"The engine was built by {properties['library']} {wanted} and {trt.__version__} "
@@ -101,8 +103,7 @@ class TensorRtEngine(DeviceEngine):
             )
         if cls.usable_here(properties):
             return
-        capabilities = [name for name in str(properties["capabilities"]).split(",") if name]
-        built_for = ", ".join(sm(name) for name in capabilities) or "any NVIDIA card"
+        built_for = ", ".join(map(sm, _capabilities(properties))) or "any NVIDIA card"
         if not torch.cuda.is_available():
             raise DeviceMismatch(
                 f"The engine was built for {built_for}, and no NVIDIA card is usable here: check "
@@ -114,14 +115,12 @@ class TensorRtEngine(DeviceEngine):
         )
 
     def machine(self) -> str:
-        """The card and its driver's CUDA: another of either may compute otherwise."""
-        return (
-            f"{torch.cuda.get_device_name()} ({sm(card_capability())}, torch {torch.__version__})"
-        )
+        """The card and torch's version, which brings CUDA's libraries."""
+        card, architecture = torch.cuda.get_device_name(), sm(card_capability())
+        return f"{card} ({architecture}, torch {torch.__version__})"
 
     def _open(self) -> None:
-        library = _library(self.properties)
-        trt = import_module(library.module)
+        library, trt = _library(self.properties), _imported(self.properties)
         self.require_here(self.properties)
         self._require_whole()
         self._words: list[str] = []
@@ -184,8 +183,9 @@ class TensorRtEngine(DeviceEngine):
 
     def _run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
+        caller = torch.cuda.current_stream()
         with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(torch.cuda.default_stream())
+            self._stream.wait_stream(caller)
             if self._bound != (shapes, _ARENA.generation):
                 self._bind(feeds)
                 self._bound = (shapes, _ARENA.generation)
@@ -197,7 +197,7 @@ class TensorRtEngine(DeviceEngine):
             else:
                 self._graph.replay()
             found = {name: tensor.clone() for name, tensor in self._outputs.items()}
-        torch.cuda.default_stream().wait_stream(self._stream)
+        caller.wait_stream(self._stream)
         return found
 
     def _enqueue(self) -> None:
@@ -257,7 +257,28 @@ class TensorRtEngine(DeviceEngine):
 
 
 def _library(properties: Properties) -> Library:
-    return next(x for x in LIBRARIES.values() if x.module == properties["library"])
+    """The library that the manifest names; BundleError where it isn't one of ours."""
+    for library in LIBRARIES.values():
+        if library.module == properties["library"]:
+            return library
+    raise BundleError(f"The engine names the library {properties['library']}: nothing is loaded.")
+
+
+def _imported(properties: Properties) -> Any:
+    """The library's module; MissingError, with the command that installs it, where it is absent."""
+    library = _library(properties)
+    try:
+        return import_module(library.module)
+    except ImportError as error:
+        raise MissingError(
+            f"The engine needs {library.distribution}, which isn't installed: run pip install "
+            f'"{library.distribution}=={properties["version"]}".'
+        ) from error
+
+
+def _capabilities(properties: Properties) -> list[str]:
+    """Of the cards that the engine was built for; none is any card."""
+    return [name for name in str(properties["capabilities"]).split(",") if name]
 
 
 def card_capability() -> str:

@@ -165,8 +165,8 @@ def test_a_format_that_the_backend_does_not_read_names_one_that_does(tiny_model:
     with pytest.raises(UnsupportedError) as caught:
         planned(tiny_model, quant="nf4", backend="openvino")
     assert str(caught.value) == (
-        "--quant nf4 can't be used with the backend openvino, which doesn't read nf4: use "
-        "--backend eager, or another --quant."
+        "down_blocks.0.attentions.0.proj_in can't be nf4: the backend openvino doesn't read nf4; "
+        "use --backend eager, or another --quant."
     )
     assert planned(tiny_model, quant="nf4", backend="eager").denoiser.layers
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from optimizer.backends import How
+from optimizer.progress import Progress
+from profiles.errors import BuildError
 from runners.bundle import open_bundle, read_manifest
 from runners.engines.tensorrt_plan import read_header
 from tests.conftest import SETTINGS
@@ -60,34 +64,81 @@ def test_weights_of_few_bits_shrink_the_engine(bundle: MakeBundle) -> None:
     assert few.engine_bytes < none.engine_bytes
 
 
-def test_the_same_graph_gives_the_same_bytes_again(bundle: MakeBundle, tmp_path: Path) -> None:
+Build = Callable[..., bytes]
+
+
+@pytest.fixture
+def build(bundle: MakeBundle, tmp_path: Path) -> Build:
+    """`build(folder, **how)`: the tiny VAE decoder's engine, of the graph in `tmp_path`/source."""
     from optimizer.backends import tensorrt as builder
 
     made = bundle("tensorrt-rtx", "none", "fp16", CARDS)
     entry = read_manifest(made).component("vae_decoder")
-    source = prepared(made, tmp_path)
-    how = How("tensorrt-rtx", "fp16", entry.role, entry.signature, capabilities=("8.6",))
-    plans = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        builder.build(source, tmp_path / name, how, lambda _done, _total: None)
-        plans.append((tmp_path / name / "engine.plan").read_bytes())
-    assert plans[0] == plans[1]
-
-
-def prepared(made: Path, tmp_path: Path) -> Path:
-    """The exported graph of the tiny VAE's decoder, from the store that its bundle left it in."""
-    import os
-
-    root = Path(os.environ["KILN_CACHE"])
-    wanted = read_manifest(made).component("vae_decoder").signature.inputs[0].name
-    for folder in sorted(root.glob("v1/prepared/*")):
-        import onnx
-
-        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    wanted = entry.signature.inputs[0].name
+    for stage in sorted(Path(os.environ["KILN_CACHE"]).glob("v1/prepared/*")):
+        graph = onnx.load(stage / "model.onnx", load_external_data=False).graph
         if [value.name for value in graph.input] == [wanted]:
-            return Path(shutil.copytree(folder, tmp_path / "prepared"))
-    raise AssertionError("no stage of the decoder")
+            shutil.copytree(stage, tmp_path / "source")
+            break
+
+    def run(folder: str, progress: Progress = lambda _done, _total: None, **changed: Any) -> bytes:
+        out = tmp_path / folder
+        out.mkdir()
+        given = {"dtype": "fp16", "capabilities": ("8.6",), **changed}
+        how = How("tensorrt-rtx", role=entry.role, signature=entry.signature, **given)
+        built = builder.build(tmp_path / "source", out, how, progress)
+        kept = {*built.files.values(), *(built.proof or {}).values()}
+        assert {path.name for path in out.iterdir()} == kept
+        return (out / "engine.plan").read_bytes()
+
+    return run
+
+
+def test_the_same_graph_gives_the_same_bytes_again_and_says_how_far_it_is(build: Build) -> None:
+    seen: list[float] = []
+    first = build("a", lambda done, total: seen.append(done / total))
+    assert first == build("b")
+    assert seen[-1] == 1
+    assert all(0 <= share <= 1 for share in seen)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"dtype": "bf16"}, {"weight_streaming": True}, {"capabilities": ()}], ids=str
+)
+def test_bf16_streamed_weights_and_portable_engines_build(
+    build: Build, changed: dict[str, Any]
+) -> None:
+    header = read_header(build("out", **changed))
+    assert header is not None
+    if changed.get("capabilities") == ():
+        assert {"8.0", "8.6", "8.9", "12.0"} <= set(header.capabilities)
+    else:
+        assert header.capabilities == ("8.6",)
+
+
+def test_what_the_library_cannot_read_is_said_in_its_own_words(
+    build: Build, tmp_path: Path
+) -> None:
+    path = tmp_path / "source" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[0].op_type = "Unique"
+    onnx.save(model, path)
+    with pytest.raises(BuildError) as caught:
+        build("out")
+    assert "tensorrt-rtx can't read the exported graph: " in str(caught.value)
+    assert "Unique" in str(caught.value)
+    assert caught.value.log
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    kiln: Kiln, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimizer import tools
+
+    monkeypatch.setattr(tools, "find_spec", lambda name: None if "tensorrt" in name else name)
+    ended = kiln("compile", tiny_model, "--target", "sm86", "-o", tmp_path / "out")
+    assert ended.code == 17
+    assert 'run pip install "kiln-diffusion[compile,rtx]"' in ended.sentence
 
 
 def test_an_engine_is_refused_where_there_is_no_card(
@@ -119,6 +170,106 @@ def test_another_version_of_the_library_is_refused(bundle: MakeBundle) -> None:
     with pytest.raises(DeviceMismatch) as caught:
         TensorRtEngine.require_here({**entry.properties, "version": "1.6.0.1"})
     assert "built by tensorrt_rtx 1.6.0.1 and 1.7.1.116 is installed" in str(caught.value)
+
+
+def test_an_engine_goes_as_far_as_it_can_without_a_driver(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library takes the verified mapping, and says itself that there is no driver."""
+    import torch
+
+    from profiles.errors import BundleError
+    from runners.engines.tensorrt import TensorRtEngine
+    from runners.pipeline import open_engine
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    found = open_bundle(bundle("tensorrt-rtx", "int8", "fp16", CARDS))
+    engine = open_engine(found, found.manifest.component("denoiser"), threads=1)
+    monkeypatch.setattr(TensorRtEngine, "require_here", lambda _properties: None)
+    with pytest.raises(BundleError) as caught:
+        engine.__enter__()
+    assert "tensorrt_rtx can't load the engine: " in str(caught.value)
+    assert "CUDA driver version is insufficient" in str(caught.value)
+
+
+def test_a_file_that_contradicts_the_manifest_is_not_loaded(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from profiles.errors import BundleError
+    from runners.engines.tensorrt import TensorRtEngine
+
+    found = open_bundle(bundle("tensorrt-rtx", "int8", "fp16", CARDS))
+    entry = found.manifest.component("denoiser")
+    monkeypatch.setattr(TensorRtEngine, "require_here", lambda _properties: None)
+    cut = bytes(found.file(entry.files["engine"]))[:-1]
+    engine = TensorRtEngine(
+        {"engine": cut}, signature=entry.signature, properties=entry.properties, threads=1
+    )
+    with pytest.raises(BundleError, match="The engine's file says version"):
+        engine.__enter__()
+
+
+UNEXECUTED = {
+    "_engine": (
+        "ICudaEngine",
+        {
+            "create_execution_context",
+            "create_runtime_config",
+            "device_memory_size_v2",
+            "get_tensor_profile_shape",
+            "num_optimization_profiles",
+            "streamable_weights_size",
+            "weight_streaming_budget_v2",
+        },
+    ),
+    "_context": (
+        "IExecutionContext",
+        {
+            "execute_async_v3",
+            "get_tensor_shape",
+            "set_device_memory",
+            "set_input_shape",
+            "set_optimization_profile_async",
+            "set_tensor_address",
+            "update_device_memory_size_for_shapes",
+        },
+    ),
+    "config": (
+        "IRuntimeConfig",
+        {
+            "create_runtime_cache",
+            "cuda_graph_strategy",
+            "set_execution_context_allocation_strategy",
+            "set_runtime_cache",
+        },
+    ),
+    "_kernels": ("IRuntimeCache", {"deserialize", "serialize"}),
+}
+"""What of the library's API no machine of ours has executed: it needs a driver."""
+
+ALIASES = {"engine": "_engine", "context": "_context"}
+
+
+def test_what_needs_a_driver_is_listed_and_is_there_in_the_library() -> None:
+    import ast
+    import inspect
+
+    import tensorrt_rtx as trt
+
+    from runners.engines import tensorrt
+
+    used: dict[str, set[str]] = {name: set() for name in UNEXECUTED}
+    for node in ast.walk(ast.parse(inspect.getsource(tensorrt))):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            name = ALIASES.get(name, name)
+            if name in used:
+                used[name].add(node.attr)
+    assert used == {name: calls for name, (_, calls) in UNEXECUTED.items()}
+    for kind, calls in UNEXECUTED.values():
+        assert calls <= set(dir(getattr(trt, kind)))
 
 
 def test_the_plan_says_what_the_backend_gets_instead(kiln: Kiln, tiny_model: Path) -> None:

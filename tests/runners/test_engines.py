@@ -18,11 +18,9 @@ from runners.engines import ENGINES, engine_class
 from runners.engines.base import Array, Engine
 from runners.manifest import ComponentEntry
 from runners.pipeline import open_engine
+from tests.conftest import HERE
 
 MakeBundle = Callable[..., Path]
-HERE = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
-"""Engines that every machine can run; what a card's engine can show without one is in
-test_tensorrt.py."""
 ROLES = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
 

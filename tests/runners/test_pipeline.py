@@ -14,10 +14,10 @@ from PIL import Image
 
 import runners
 from profiles.errors import SpecError, UnsupportedError
-from runners.engines import ENGINES
 from runners.generate import Request, pictures
 from runners.pipeline import TASKS
 from runners.schedulers import SCHEDULERS, with_scheduler
+from tests.conftest import HERE
 
 pytestmark = pytest.mark.filterwarnings(
     # several of diffusers 0.42's schedulers hand torch tensors to numpy.array
@@ -84,7 +84,7 @@ def difference(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int
     ],
     ids=["native", "wide-batch", "large-unguided"],
 )
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_pictures_are_diffusers_own(
     loaded: Callable[..., Any], plain: Any, backend: str, how: dict[str, Any]
 ) -> None:
@@ -107,7 +107,7 @@ def test_pictures_are_diffusers_own_with_other_schedulers(
         ours.scheduler = original
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_img2img_is_diffusers_own(loaded: Callable[..., Any], plain: Any, backend: str) -> None:
     rng = np.random.default_rng(0)
     start = Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
@@ -153,7 +153,7 @@ def test_what_an_engine_has_no_input_for_is_refused(loaded: Callable[..., Any]) 
         )
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", HERE)
 def test_the_same_seed_gives_the_same_picture(loaded: Callable[..., Any], backend: str) -> None:
     first, second = (drawn(loaded(backend)) for _ in range(2))
     np.testing.assert_array_equal(first, second)

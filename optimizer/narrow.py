@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from profiles.errors import BuildError
+
 __all__ = ["narrow"]
 
 _FLOAT = ir.DataType.FLOAT
@@ -31,8 +33,16 @@ _ALWAYS_FP32 = {"Resize": (1, 2)}
 
 
 def narrow(model: ir.Model, dtype: str) -> None:
-    """Let every float of the graph but its inputs' and outputs' be of `dtype`: fp16 or bf16."""
-    passes.ShapeInferencePass()(model)
+    """Let every float of the graph but its inputs' and outputs' be of `dtype`: fp16 or bf16.
+
+    Raises BuildError where ONNX can't infer the type of a node's output.
+    """
+    passes.ShapeInferencePass()(model)  # what fails in it is logged, and nothing is changed
+    for node in model.graph:
+        if any(value.dtype is None for value in node.outputs):
+            raise BuildError(
+                f"The type of {node.op_type} at {node.name} can't be inferred: report the model."
+            )
     _Narrowing(model.graph, dtype).run()
 
 

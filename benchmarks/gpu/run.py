@@ -116,18 +116,21 @@ def _peers(bundle: Bundle, entry: ComponentEntry) -> dict[str, Callable[[], Any]
         else:
             tensor.zero_()
     module = WRAPPERS[entry.role](component.to(dtype).eval())
-    compiled = torch.compile(module, mode="max-autotune")
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in _feeds(entry, device).values()]
 
     @torch.inference_mode()
     def eager() -> Any:
         return module(*inputs)
 
+    if device == "cpu":
+        return {"eager": eager}
+    compiled = torch.compile(module, mode="max-autotune")
+
     @torch.inference_mode()
     def jit() -> Any:
         return compiled(*inputs)
 
-    return {"eager": eager, "torch.compile": jit} if device == "cuda" else {"eager": eager}
+    return {"eager": eager, "torch.compile": jit}
 
 
 def _interleaved(contestants: dict[str, Callable[[], Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
@@ -22,7 +22,7 @@ from optimizer.narrow import narrow
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.tensorrt import LIBRARIES, card_capability, import_library
-from runners.engines.tensorrt_plan import read_header
+from runners.engines.tensorrt_plan import HEADER_BYTES, read_header
 from runners.signature import Dim, TensorSpec
 
 __all__ = ["build", "low_bit_layers"]
@@ -44,9 +44,8 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
         graph = Path(private) / "narrow.onnx"
         products = _write_narrow(source, how, graph)
         gc.collect()  # graphs are full of cycles, and would keep the exported file mapped
-        plan = _build_plan(graph, how, log, progress)
-    (out / _ENGINE).write_bytes(plan)
-    _check_header(plan, how)
+        _build_plan(graph, how, log, progress, out / _ENGINE)
+    _check_header(out / _ENGINE, how)
     return Built(
         files={"engine": _ENGINE},
         properties={
@@ -125,7 +124,10 @@ class _Log:
         return "\n".join([*self.lines[-200:], *self.errors])
 
 
-def _build_plan(graph: Path, how: How, log: _Log, progress: Progress) -> bytes:
+def _build_plan(graph: Path, how: How, log: _Log, progress: Progress, out: Path) -> None:
+    """Read the graph, build, and write the engine to `out` as it comes: a copy of it in memory
+    would be the peak.
+    """
     trt = import_library(how.backend)
     logger = _logger(trt, log)
     builder = trt.Builder(logger)
@@ -133,12 +135,27 @@ def _build_plan(graph: Path, how: How, log: _Log, progress: Progress) -> bytes:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        first = f"{errors[0].desc()} (at {errors[0].node_name()})" if errors else "no reason given"
+        first = _parser_words(errors[0]) if errors else "no reason given"
         raise BuildError(f"{how.backend} can't read the exported graph: {first}.", log=log.text())
     _let_attention_decompose(trt, network)
+    config = _configured(trt, builder, how)
+    config.progress_monitor = _monitor(trt, progress)
+    with out.open("wb") as stream:
+        writer = _writer(trt, stream)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            words = "; ".join(log.errors[-_SHOWN:]) or "no reason given"
+            raise BuildError(f"{how.backend} can't build {how.role}: {words}.", log=log.text())
+
+
+def _parser_words(error: Any) -> str:
+    """What the parser found wrong, and where."""
+    return f"{error.node_operator()} at {error.node_name()}: {error.desc()}"
+
+
+def _configured(trt: Any, builder: Any, how: How) -> Any:
+    """The builder's configuration: cards, shapes, and a description of every layer in the log."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.progress_monitor = _monitor(trt, progress)
     if how.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if LIBRARIES[how.backend].cross:
@@ -151,11 +168,18 @@ def _build_plan(graph: Path, how: How, log: _Log, progress: Progress) -> bytes:
         for name, (low, best, high) in ranges.items():
             profile.set_shape(name, low, best, high)
         config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        words = "; ".join(log.errors[-_SHOWN:]) or "no reason given"
-        raise BuildError(f"{how.backend} can't build {how.role}: {words}.", log=log.text())
-    return bytes(plan)
+    return config
+
+
+def _writer(trt: Any, stream: BinaryIO) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def write(self, data: bytes) -> int:
+            return stream.write(data)
+
+    return Writer()
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
@@ -235,17 +259,19 @@ def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
 
 
-def _check_header(plan: bytes, how: How) -> None:
+def _check_header(plan: Path, how: How) -> None:
     """Raise BuildError where the file says that it is for other cards than were asked for."""
-    header = read_header(plan)
+    with plan.open("rb") as stream:
+        header = read_header(stream.read(HEADER_BYTES))
+    size = plan.stat().st_size
     if header is None or not LIBRARIES[how.backend].cross:
         return
     asked = (
         how.capabilities or header.capabilities
     )  # a portable one lists what it happens to run on
-    if header.size != len(plan) or header.capabilities != asked:
+    if header.size != size or header.capabilities != asked:
         raise BuildError(
-            f"{how.backend} wrote {len(plan)} bytes for {', '.join(asked)}, and the file says "
+            f"{how.backend} wrote {size} bytes for {', '.join(asked)}, and the file says "
             f"{header.size} for {', '.join(header.capabilities)}: report the model."
         )
 

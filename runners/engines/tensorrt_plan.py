@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from runners.engines.base import Buffer
 
-__all__ = ["PlanHeader", "read_header"]
+__all__ = ["HEADER_BYTES", "PlanHeader", "read_header"]
 
 _MAGIC = b"vtrt"
-_SIZE_AT, _VERSION_AT, _MASK_AT, _LENGTH = 16, 24, 32, 64
+HEADER_BYTES = 64
+_SIZE_AT, _VERSION_AT, _MASK_AT = 16, 24, 32
 _BITS = {"7.5": 0x1, "8.0": 0x2, "8.6": 0x4, "8.9": 0x8, "12.0": 0x10, "12.1": 0x20}
 
 
@@ -34,8 +35,8 @@ class PlanHeader:
 
 def read_header(plan: Buffer) -> PlanHeader | None:
     """The header, or None where the bytes aren't laid out so."""
-    head = bytes(plan[:_LENGTH])
-    if len(head) < _LENGTH or not head.startswith(_MAGIC):
+    head = bytes(plan[:HEADER_BYTES])
+    if len(head) < HEADER_BYTES or not head.startswith(_MAGIC):
         return None
     (size,) = struct.unpack_from("<Q", head, _SIZE_AT)
     (mask,) = struct.unpack_from("<I", head, _MASK_AT)

@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from optimizer.narrow import narrow
+from profiles.errors import BuildError
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -109,3 +110,11 @@ def test_it_computes_what_the_wide_graph_computes(tmp_path: Path) -> None:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         outputs.append(session.run(None, feeds)[0])
     np.testing.assert_allclose(outputs[1], outputs[0], atol=4e-3)
+
+
+def test_a_graph_whose_types_cannot_be_inferred_is_refused_by_the_nodes_name() -> None:
+    broken = model()
+    unknown = ir.node("NoSuchOperator", [broken.graph.inputs[1]], name="stranger")
+    broken.graph.append(unknown)
+    with pytest.raises(BuildError, match="type of NoSuchOperator at stranger can't be inferred"):
+        narrow(broken, "fp16")

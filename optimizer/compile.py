@@ -86,7 +86,8 @@ def compile_bundle(
     """
     start = time.monotonic()
     plan, hardware = plan_recipe(recipe, sensitivity)
-    require_libraries({job.backend for job in plan.jobs})
+    formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
+    require_libraries({job.backend for job in plan.jobs}, formats)
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key

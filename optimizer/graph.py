@@ -48,24 +48,41 @@ def _is_multiplier(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and ".multiplier" in (value.name or "")
 
 
+_NORMS = {"LayerNormalization", "GroupNormalization"}
+
+
 def _fold_multipliers(graph: ir.Graph) -> None:
-    """Let a LayerNormalization whose output is only multiplied give the product itself."""
+    """Let a norm whose output is only multiplied, channel by channel, give the product itself."""
     for node in list(graph):
         if node.op_type != "Mul" or not any(_is_multiplier(value) for value in node.inputs):
             continue
         x, multiplier = sorted(node.inputs, key=_is_multiplier)
         norm = x.producer() if x is not None else None
-        if norm is None or norm.op_type != "LayerNormalization" or len(x.uses()) != 1:
+        if norm is None or norm.op_type not in _NORMS or len(x.uses()) != 1:
             continue
-        ends = [value for value in norm.inputs[1:] if value is not None]
-        if not all(value.is_initializer() and len(value.uses()) == 1 for value in ends):
+        if not all(value is None or value.is_initializer() for value in norm.inputs[1:]):
             continue
-        factor = multiplier.const_value.numpy()
-        for value in ends:
-            product = value.const_value.numpy() * factor
-            value.const_value = ir.tensor(product.astype(np.float32), name=value.name)
+        factor = multiplier.const_value.numpy().reshape(-1)
+        for index, value in enumerate(norm.inputs[1:], start=1):
+            if value is not None:
+                norm.replace_input_with(index, _multiplied(graph, value, factor, norm))
         node.outputs[0].replace_all_uses_with(x)
         graph.remove(node, safe=True)
+
+
+def _multiplied(graph: ir.Graph, value: ir.Value, factor: np.ndarray, reader: ir.Node) -> ir.Value:
+    """The initializer times `factor`, under its own name unless others read it as it is."""
+    assert value.const_value is not None
+    array = (value.const_value.numpy() * factor).astype(np.float32)
+    if len(value.uses()) == 1:
+        value.const_value = ir.tensor(array, name=value.name)
+        return value
+    name = f"{value.name}.of.{reader.name}"
+    found = ir.Value(
+        name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name)
+    )
+    graph.register_initializer(found)
+    return found
 
 
 _PACKED = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}

@@ -34,11 +34,16 @@ def kiln_version() -> str:
     return found if found != "absent" else "0"
 
 
-def require_libraries(backends: Collection[str]) -> None:
+_OF_FORMATS = {"nf4": ("bitsandbytes", "nf4")}
+"""Format -> the library that runs it, and the extra that brings that."""
+
+
+def require_libraries(backends: Collection[str], formats: Collection[str] = ()) -> None:
     """Raise MissingError, with the command that installs it, for what compiling lacks here, and
     UnsupportedError where a card is needed and missing.
     """
     needed = {"onnx": "compile", "onnxscript": "compile"}
+    needed |= dict(_OF_FORMATS[name] for name in formats if name in _OF_FORMATS)
     for name in backends:
         if name in EXTRAS:
             needed[BACKENDS[name].library] = EXTRAS[name]

@@ -297,7 +297,7 @@ def convolution_of(layer: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def insert_quantized(root: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+def insert_quantized(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer where `root` has the float layer of that name."""
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")

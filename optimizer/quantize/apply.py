@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from optimizer.quantize import floats, lowrank
+from optimizer.quantize.folding import gains
 from optimizer.quantize.observe import LayerStatistics, output_of
 from optimizer.quantize.policy import Policy
 from optimizer.quantize.ranges import best_range
@@ -48,14 +50,47 @@ def quantized_layers(
     solver: str,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, QuantizedLayer]:
-    """The quantized form of every planned layer; `on_layer` is called after each."""
+    """The quantized form of every planned layer; `on_layer` is called after each.
+
+    Multipliers of inputs go into the layers that make those inputs, where there are such: `root`'s
+    own, if they are kept, are changed in place.
+    """
     layers = quantizable_layers(root)
     smooth = _smoothings(layers, schemes, statistics, solver)
+    gain = _fold(root, schemes, smooth)
     found = {}
     for name, scheme in schemes.items():
-        found[name] = _quantized(name, layers[name], scheme, statistics, solver, smooth.get(name))
+        layer, one = layers[name], smooth.get(name)
+        found[name] = _quantized(name, layer, scheme, statistics, solver, one, gain.get(name))
         on_layer()
     return found
+
+
+@torch.no_grad()
+def _fold(
+    root: nn.Module, schemes: Mapping[str, Scheme], smooth: dict[str, Smoothing | None]
+) -> dict[str, Tensor]:
+    """Planned layer -> what its outputs are multiplied by, for the layers that read them.
+
+    Their entries in `smooth` say so; kept layers of `root` are changed here.
+    """
+    multipliers = {name: one.multiplier for name, one in smooth.items() if one is not None}
+    rounded = {name for name, s in schemes.items() if isinstance(s, W8A8) and s.output}
+    found: dict[str, Tensor] = {}
+    for reader, (name, gain) in gains(root, multipliers, frozenset(rounded)).items():
+        one = smooth[reader]
+        assert one is not None
+        smooth[reader] = replace(one, folded=True)
+        if name in schemes:
+            found[name] = gain
+        else:
+            _multiply_outputs(root.get_submodule(name), gain)
+    return found
+
+
+def _multiply_outputs(layer: nn.Module, gain: Tensor) -> None:
+    for parameter in layer.parameters():  # weight [out, in] and bias [out]
+        parameter.mul_(gain.view(-1, *([1] * (parameter.dim() - 1))))
 
 
 @torch.no_grad()
@@ -97,7 +132,7 @@ def quantized_layer(
     `solver` finds the codes of the integer schemes; those of float types are the nearest.
     """
     smooth = _smoothings({name: layer}, {name: scheme}, statistics, solver)
-    return _quantized(name, layer, scheme, statistics, solver, smooth.get(name))
+    return _quantized(name, layer, scheme, statistics, solver, smooth.get(name), None)
 
 
 def _quantized(
@@ -107,8 +142,12 @@ def _quantized(
     statistics: Statistics,
     solver: str,
     smooth: Smoothing | None,
+    gain: Tensor | None,
 ) -> QuantizedLayer:
-    weight = layer.weight.detach().float()
+    weight, bias = layer.weight.detach().float(), layer.bias
+    if gain is not None:
+        weight = weight * gain.view(-1, *([1] * (weight.dim() - 1)))
+        bias = None if bias is None else bias * gain
     if smooth is not None:
         weight = weight / smooth.multiplier
     form: Quantization
@@ -125,8 +164,8 @@ def _quantized(
         case _:
             form, tensors = _rows(weight, statistics.get(name), solver, smooth)
     tensors |= _ends(name, scheme, statistics, smooth)
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias.detach().float()
+    if bias is not None:
+        tensors["bias"] = bias.detach().float()
     return QuantizedLayer(form, tensors, convolution_of(layer))
 
 
@@ -176,7 +215,8 @@ def _ends(
     if isinstance(scheme, W8A8):
         if smooth is not None:
             grid = smooth.grid
-            tensors["multiplier"] = smooth.multiplier
+            if not smooth.folded:
+                tensors["multiplier"] = smooth.multiplier
         else:
             grid = best_range(_observed(statistics, name), affine=scheme.zero_point)
         tensors["activation_scale"] = torch.tensor(grid.scale)

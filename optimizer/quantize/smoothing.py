@@ -49,6 +49,8 @@ class Smoothing:
     multiplier: Tensor
     grid: ActivationRange
     """Of the multiplied input."""
+    folded: bool = False
+    """Whether the layer that makes the input multiplies its outputs itself."""
 
 
 def smoothing(

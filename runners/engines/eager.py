@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from profiles.errors import BundleError, SpecError
 from runners.engines.base import Array, Buffer, Engine
 from runners.modules import WRAPPERS, component_from_config
+from runners.nf4 import Nf4Layer
 from runners.quantized import (
     Quantization,
     QuantizedLayer,
@@ -29,7 +30,10 @@ _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 @final
 class EagerEngine(Engine):
-    """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `role`, `dtype`."""
+    """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `role`, `dtype`.
+
+    Raises MissingError for NF4 layers without bitsandbytes.
+    """
 
     def _open(self) -> None:
         try:
@@ -94,10 +98,14 @@ def eager_module(
     return component.float().eval()
 
 
-def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> QuantizedLayer:
+def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:
     prefix = f"{name}."
     keys = [key for key in state if key.startswith(prefix)]
     tensors = {key.removeprefix(prefix): state.pop(key) for key in keys}
+    if form["format"] == "nf4":
+        codes, peaks, bias = tensors["codes"], tensors["scale"].float(), tensors.get("bias")
+        convolution = form["convolution"]
+        return Nf4Layer(codes, peaks, tuple(form["shape"]), bias=bias, convolution=convolution)
     quantization = Quantization(form["format"], form["group"])
     if quantization.bits == 4:
         signed = quantization.format == "int4"

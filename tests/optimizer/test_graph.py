@@ -207,17 +207,22 @@ def test_equal_inputs_are_rounded_once(exported: Exported) -> None:
 
 
 class Normed(Block):
-    """The tokens are normalized before q, k and v, and have outlier channels."""
+    """Norms before the convolution's proj and before q, k and v give outlier channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(64)
+        self.groups = nn.GroupNorm(4, 64)
+        self.proj = nn.Conv2d(64, 64, 1)
         with torch.no_grad():
             self.norm.weight[::8] = 50.0
+            self.groups.weight[::8] = 50.0
             self.convolution.weight[:, ::8] /= 50
+            self.proj.weight[:, ::8] /= 50
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        tokens = self.norm(F.silu(self.convolution(x)).flatten(2).transpose(1, 2))
+        projected = self.proj(self.groups(self.convolution(x)))
+        tokens = self.norm(F.silu(projected).flatten(2).transpose(1, 2))
         heads = (
             layer(tokens).unflatten(2, (4, 16)).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
@@ -232,7 +237,7 @@ def outliers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_multipliers_are_folded_into_the_norm_before_or_done_once(tmp_path: Path) -> None:
-    """q, k and v: the LayerNormalization's own scale and bias; the convolution: one Mul."""
+    """q, k, v and proj: the norm's own scale and bias; the convolution: one Mul."""
     torch.manual_seed(0)
     root = Normed().eval()
     layers = quantizable_layers(root)
@@ -249,12 +254,15 @@ def test_multipliers_are_folded_into_the_norm_before_or_done_once(tmp_path: Path
         [name for name in node.input if "multiplier" in name] for node in nodes(path, "Mul")
     ]
     assert [len(names) for names in products if names] == [1]
-    scale = next(item for item in graph.initializer if item.name == "norm.weight")
-    np.testing.assert_allclose(
-        onnx.numpy_helper.to_array(scale),
-        (root.norm.weight.detach() * root.q.multiplier).numpy(),  # type: ignore[operator]
-    )
-    assert len(nodes(path, "QuantizeLinear")) == 2
+    scales = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    for kind, norm, reader in (
+        ("LayerNormalization", root.norm, root.q),
+        ("GroupNormalization", root.groups, root.proj),
+    ):
+        (node,) = nodes(path, kind)
+        wanted = norm.weight.detach() * reader.multiplier.flatten()  # type: ignore[operator,union-attr]
+        np.testing.assert_allclose(scales[node.input[1]], wanted.numpy())
+    assert len(nodes(path, "QuantizeLinear")) == 3
     x = outliers(1, 64, 6, 3, seed=1)
     with torch.no_grad():
         (wanted,) = root(x)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optimizer.quantize import apply
 from optimizer.quantize.apply import quantized_layer, quantized_layers
 from optimizer.quantize.observe import LayerStatistics, observing
-from optimizer.quantize.schemes import W8A8, W8A16, Scheme
+from optimizer.quantize.schemes import KEEP, W4A16, W8A8, W8A16, Scheme
 from optimizer.quantize.smoothing import smoothing
 from runners.quantized import insert_quantized
 
@@ -124,3 +125,67 @@ def test_layers_with_one_input_share_their_multiplier() -> None:
     assert q.activation_scale is not None
     assert q.activation_scale == k.activation_scale
     assert v.multiplier is None
+
+
+class Transformer(nn.Module):
+    """diffusers' own attention and gated feed-forward part, with outlier channels inside both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.attention import FeedForward
+        from diffusers.models.attention_processor import Attention
+
+        torch.manual_seed(0)
+        self.attn = Attention(query_dim=64, heads=4, dim_head=16)
+        self.ff = FeedForward(64, activation_fn="geglu")
+        with torch.no_grad():
+            for producer, reader in (
+                (self.attn.to_v, self.attn.to_out[0]),
+                (self.ff.net[0].proj, self.ff.net[2]),
+            ):
+                producer.weight[: reader.in_features : 8] *= 50  # of GEGLU, values' rows only
+                reader.weight[:, ::8] /= 50
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.ff(self.attn(x))
+        return out
+
+
+READERS = ("attn.to_out.0", "ff.net.2")
+
+
+@pytest.mark.parametrize("producer", [W8A8(), W4A16(group=32), KEEP], ids=lambda s: s.label)
+def test_multipliers_go_into_the_layer_that_makes_the_input(
+    producer: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and GEGLU's first half, quantized or not; the numbers are those of a product."""
+    x, outputs = normal(2, 30, 64), []
+    for folds in (True, False):
+        root = Transformer()
+        with torch.no_grad(), observing(root, (*READERS, *PRODUCERS)) as found:
+            root(x)
+        schemes = {**dict.fromkeys(PRODUCERS, producer), **dict.fromkeys(READERS, W8A8())}
+        planned = {name: scheme for name, scheme in schemes.items() if scheme.bits < 16}
+        if not folds:
+            monkeypatch.setattr(apply, "gains", lambda *_: {})
+        layers = quantized_layers(root, planned, found, "smoothquant")
+        assert all((layers[name].multiplier is None) == folds for name in READERS)
+        insert_quantized(root, layers)
+        with torch.no_grad():
+            outputs.append(root(x))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+PRODUCERS = ("attn.to_v", "ff.net.0.proj")
+
+
+def test_a_producer_whose_output_is_rounded_stays_as_it_is() -> None:
+    root = Transformer()
+    with (
+        torch.no_grad(),
+        observing(root, (*READERS, *PRODUCERS), PRODUCERS) as found,
+    ):
+        root(normal(2, 30, 64))
+    schemes = {**dict.fromkeys(PRODUCERS, W8A8(output=True)), **dict.fromkeys(READERS, W8A8())}
+    layers = quantized_layers(root, schemes, found, "smoothquant")
+    assert all(layers[name].multiplier is not None for name in READERS)

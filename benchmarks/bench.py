@@ -306,6 +306,6 @@ def _text(document: dict[str, Any]) -> str:
             lines.append(
                 f"  {name:<6}{row['seconds']:>7.1f} s, peak {row['peak_rss_bytes'] / 2**30:.2f} "
                 f"GiB, {row['bytes'] / 1e6:.0f} MB ({row['bytes_vs_predicted']:.3f}x of predicted)"
-                f", {row['layers_low_bit']} of {row['rounded']} on 8-bit kernels"
+                f", {row['layers_low_bit']} of {row['layers']} quantized layers on low-bit kernels"
             )
     return "\n".join(lines)

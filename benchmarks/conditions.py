@@ -20,6 +20,7 @@ _TOOLS = (
     "onnx",
     "onnxruntime",
     "openvino",
+    "tensorrt-rtx",
     "numpy",
     "scikit-image",
     "flip-evaluator",

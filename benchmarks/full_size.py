@@ -191,7 +191,6 @@ def make_graph(model: Path, quant: str, backend: str, out: Path) -> None:
     _export(wrapper, calls, out)
     job = {
         "layers": len(schemes),
-        "rounded": sum(scheme.calibrates for scheme in schemes.values()),
         "predicted_bytes": predicted_bytes(_shapes(model), schemes, 2, BACKENDS[backend]),
     }
     (out / "job.json").write_text(json.dumps(job), "utf-8")

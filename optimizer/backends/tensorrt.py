@@ -158,6 +158,8 @@ def _configured(trt: Any, builder: Any, how: How) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if how.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if LIBRARIES[how.backend].refits:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if LIBRARIES[how.backend].cross:
         wanted = [getattr(trt.ComputeCapability, _sm(name)) for name in how.capabilities]
         config.num_compute_capabilities = len(wanted)

@@ -14,13 +14,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import platformdirs
 import torch
 from torch import Tensor
 
-from profiles.errors import BundleError, DeviceMismatch, MissingError, OutOfMemory
+from profiles.errors import (
+    BundleError,
+    DeviceMismatch,
+    MissingError,
+    OutOfMemory,
+    SpecError,
+    UnsupportedError,
+)
 from profiles.target import sm
-from runners.engines.base import DeviceEngine, Properties
+from runners.engines.base import Array, DeviceEngine, Properties
 from runners.engines.tensorrt_plan import read_header
 
 __all__ = ["LIBRARIES", "Library", "TensorRtEngine", "card_capability", "import_library"]
@@ -39,14 +47,27 @@ class Library:
     compiles_at_run: bool
     """Whether kernels are compiled when an engine first runs (kept in the user's cache), and the
     library itself records CUDA graphs; else torch does."""
+    refits: bool
+    """Whether its engines' weights can be replaced: TensorRT-RTX 1.7 needs a driver to build such
+    engines, and ours are built without."""
 
 
 LIBRARIES = {
     "tensorrt-rtx": Library(
-        "tensorrt_rtx", "tensorrt-rtx", cross=True, tunes_for_best=False, compiles_at_run=True
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        cross=True,
+        tunes_for_best=False,
+        compiles_at_run=True,
+        refits=False,
     ),
     "tensorrt": Library(
-        "tensorrt", "tensorrt", cross=False, tunes_for_best=True, compiles_at_run=False
+        "tensorrt",
+        "tensorrt",
+        cross=False,
+        tunes_for_best=True,
+        compiles_at_run=False,
+        refits=True,
     ),
 }
 """Backend -> its library."""
@@ -180,6 +201,27 @@ class TensorRtEngine(DeviceEngine):
         root = Path(os.environ.get("KILN_CACHE") or platformdirs.user_cache_path("kiln"))
         name = f"{self._library.distribution}-{self._trt.__version__}-{sm(card_capability())}"
         return root / "kernels" / name
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Replace weights by their names in the exported graph; none of them unless all can be.
+
+        Contexts and recorded graphs stay valid. Raises UnsupportedError where the engine wasn't
+        built for that, SpecError with the names that it doesn't have, or whose sizes differ.
+        """
+        if not self._library.refits:
+            raise UnsupportedError(
+                f"{self._library.distribution} engines that were built without a card can't take "
+                "other weights: compile with --backend tensorrt on the card."
+            )
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        if unknown := sorted(weights.keys() - set(refitter.get_all_weights())):
+            raise SpecError(f"The engine has no weights called {', '.join(unknown)}.")
+        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        wrong = [n for n, array in kept.items() if not refitter.set_named_weights(n, array)]
+        if wrong:
+            raise SpecError(f"The engine's {', '.join(sorted(wrong))} have other sizes or types.")
+        if not refitter.refit_cuda_engine():
+            self._made(None, "refit")
 
     def _run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())

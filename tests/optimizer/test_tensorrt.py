@@ -45,6 +45,22 @@ def test_every_component_builds_for_three_architectures_at_once(
     assert found.manifest.speed is None
 
 
+@pytest.mark.parametrize(
+    ("quant", "cards", "least"), [("fp8", "sm89,sm120", 0.5), ("nvfp4", "sm120", 0.0)]
+)
+def test_small_floats_build_for_the_architectures_that_have_them(
+    bundle: MakeBundle, quant: str, cards: str, least: float
+) -> None:
+    """TensorRT-RTX 1.7 expands nvfp4 weights in a kernel of their own: the product is fp16's."""
+    found = open_bundle(bundle("tensorrt-rtx", quant, "fp16", cards))
+    entry = found.manifest.component("denoiser")
+    header = read_header(found.file(entry.files["engine"]))
+    assert header is not None
+    assert [f"sm{name.replace('.', '')}" for name in header.capabilities] == cards.split(",")
+    assert entry.layers_low_bit is not None
+    assert entry.layers_low_bit > least * entry.layers_quantized
+
+
 def test_each_layer_that_rounds_its_inputs_is_seen_on_an_8_bit_kernel(bundle: MakeBundle) -> None:
     entry = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).component("denoiser")
     policy = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).policies["unet"]
@@ -209,6 +225,18 @@ def test_a_file_that_contradicts_the_manifest_is_not_loaded(
         engine.__enter__()
 
 
+def test_weights_of_an_engine_built_without_a_card_are_not_replaced(bundle: MakeBundle) -> None:
+    """The library itself can't build engines with replaceable weights where there is no driver."""
+    from profiles.errors import UnsupportedError
+    from runners.engines.tensorrt import LIBRARIES, TensorRtEngine
+
+    entry = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).component("denoiser")
+    engine = TensorRtEngine({}, signature=entry.signature, properties=entry.properties, threads=1)
+    engine._library = LIBRARIES["tensorrt-rtx"]
+    with pytest.raises(UnsupportedError, match="compile with --backend tensorrt on the card"):
+        engine.refit({})
+
+
 UNEXECUTED = {
     "_engine": (
         "ICudaEngine",
@@ -243,6 +271,7 @@ UNEXECUTED = {
             "set_runtime_cache",
         },
     ),
+    "refitter": ("Refitter", {"get_all_weights", "refit_cuda_engine", "set_named_weights"}),
     "_kernels": ("IRuntimeCache", {"deserialize", "serialize"}),
 }
 """What of the library's API no machine of ours has executed: it needs a driver."""

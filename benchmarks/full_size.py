@@ -50,7 +50,7 @@ def make_weights(out: Path, progress: Progress) -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SD15_UNET).eval()
     unet.save_pretrained(out / "unet")
-    wrapper = WRAPPERS["denoiser"](unet)
+    wrapper = WRAPPERS["unet"](unet)
     generator = np.random.default_rng(0)
     calls = {}
     for index in range(_CALIBRATION + _HELD_OUT):
@@ -203,7 +203,7 @@ def build_graph(
     from benchmarks.compare_worker import peak_rss_bytes
     from optimizer.backends import How, builder
 
-    how = How(backend, "fp16", "denoiser", _signature(), capabilities=capabilities)
+    how = How(backend, "fp16", "denoiser", "unet", _signature(), capabilities=capabilities)
     start = time.monotonic()
     built = builder(backend).build(prepared, out, how, progress)
     document = {
@@ -341,13 +341,13 @@ def _loaded(model: Path) -> tuple[Any, Any]:
 
     unet = UNet2DConditionModel.from_pretrained(model / "unet").eval()
     unet.requires_grad_(requires_grad=False)
-    return unet, WRAPPERS["denoiser"](unet)
+    return unet, WRAPPERS["unet"](unet)
 
 
 def _how(backend: str, dtype: str) -> Any:
     from optimizer.backends import How
 
-    return How(backend=backend, dtype=dtype, role="denoiser", signature=_signature())
+    return How(backend, dtype, "denoiser", "unet", _signature())
 
 
 def _quiet(_done: float, _total: float) -> None: ...

@@ -32,7 +32,8 @@ from runners.outputs import require_writable
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
 
-_ASSETS = ("tokenizer/", "scheduler/")
+_ASSETS = ("tokenizer", "scheduler")
+"""Beginnings of the folders that are taken as they are."""
 _ASSET_ENDINGS = (".json", ".txt", ".model")
 
 
@@ -145,6 +146,7 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
     return ComponentEntry(
         name=job.spec.name,
         role=job.spec.role,
+        wrapper=job.spec.wrapper,
         backend=job.backend,
         quant=job.quant,
         dtype=job.dtype,
@@ -190,6 +192,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             digest=source.digest,
             family=source.family,
             pipeline_class=source.pipeline_class,
+            settings=source.settings,
         ),
         native_size=plan.native_size,
         size_step=plan.size_step,

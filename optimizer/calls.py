@@ -77,7 +77,7 @@ def traced_sizes(signature: Signature) -> dict[str, int]:
 
     Sides that the model's downsampling divides would be traced as if all did (FACTS.md, UNets).
     """
-    primes = {"height": 17, "width": 23}
+    primes = {"height": 17, "width": 23, "sequence": 37}
     return {
         dim.name: dim.min if dim.fixed else primes.get(dim.name, 3) * dim.multiple_of
         for dim in signature.dims
@@ -87,8 +87,8 @@ def traced_sizes(signature: Signature) -> dict[str, int]:
 def unseen_sizes(signature: Signature) -> dict[str, dict[str, int]]:
     """Two legal sizes, neither traced nor native: a wide single one and three tall ones."""
     factors = (
-        {"batch": 1.0, "height": 0.75, "width": 1.25},
-        {"batch": 3.0, "height": 1.5, "width": 0.5},
+        {"batch": 1.0, "height": 0.75, "width": 1.25, "sequence": 1.4, "tokens": 0.5},
+        {"batch": 3.0, "height": 1.5, "width": 0.5, "sequence": 0.7, "tokens": 2.0},
     )
     found = {}
     for factor in factors:

@@ -13,7 +13,7 @@ import psutil
 
 from optimizer.backends import Built, builder
 from optimizer.calls import Call, load_calls, save_calls
-from optimizer.numerics import sqnr_db
+from optimizer.numerics import worst_sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
 from profiles.errors import BuildError, ParityError
@@ -132,9 +132,14 @@ def _require_low_bits(job: Job, found: int | None) -> None:
 
 
 def engine_db(engine: Engine, calls: Iterable[Call]) -> float:
-    """The engine's SQNR against the calls' fp32 outputs, of the first output."""
-    name = engine.signature.outputs[0].name
-    return sqnr_db((call.outputs[0], engine(call.feeds(engine.signature))[name]) for call in calls)
+    """The engine's SQNR against the calls' fp32 outputs: that of the worst output."""
+    names = [spec.name for spec in engine.signature.outputs]
+    return worst_sqnr_db((call.outputs, _outputs(engine, call, names)) for call in calls)
+
+
+def _outputs(engine: Engine, call: Call, names: list[str]) -> list[Any]:
+    found = engine(call.feeds(engine.signature))
+    return [found[name] for name in names]
 
 
 def _require(job: Job, where: str, db: float, oracle_db: float) -> None:

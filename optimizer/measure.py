@@ -30,7 +30,7 @@ def measure_step(plan: Plan, job: Job, recorded: Path, engine_folder: Path, out:
     threads = psutil.cpu_count(logical=False) or 1
     torch.set_num_threads(threads)
     call = next(iter(load_calls(recorded / f"{job.spec.name}.safetensors").values()))
-    wrapper = WRAPPERS[job.spec.role](load_module(plan.source, job.spec.folder))
+    wrapper = WRAPPERS[job.spec.wrapper](load_module(plan.source, job.spec.folder))
     built = json.loads((engine_folder / "built.json").read_text("utf-8"))
     engine = engine_class(job.backend)(
         {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["EXACT_DB", "Sqnr", "sqnr_db"]
+__all__ = ["EXACT_DB", "Sqnr", "sqnr_db", "worst_sqnr_db"]
 
 EXACT_DB = 200.0
 """What exact equality counts as: JSON has no infinity."""
@@ -45,3 +45,13 @@ def sqnr_db(pairs: Iterable[tuple[Any, Any]]) -> float:
     for reference, output in pairs:
         pooled.add(reference, output)
     return pooled.db
+
+
+def worst_sqnr_db(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> float:
+    """The lowest of the pooled SQNR of each output, of pairs of calls' outputs."""
+    pooled: list[Sqnr] = []
+    for references, outputs in pairs:
+        pooled = pooled or [Sqnr() for _ in references]
+        for one, reference, output in zip(pooled, references, outputs, strict=True):
+            one.add(reference, output)
+    return min((one.db for one in pooled), default=EXACT_DB)

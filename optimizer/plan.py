@@ -87,6 +87,7 @@ class Job:
             backend=self.backend,
             dtype=self.dtype,
             role=self.spec.role,
+            wrapper=self.spec.wrapper,
             signature=self.signature,
             dynamic=self.dynamic,
             capabilities=self.capabilities,

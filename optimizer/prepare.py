@@ -13,7 +13,7 @@ from torch import nn
 from optimizer.backends import backend
 from optimizer.calls import Call, load_calls, resized, save_calls, traced_sizes, unseen_sizes
 from optimizer.load import load_module
-from optimizer.numerics import EXACT_DB, sqnr_db
+from optimizer.numerics import EXACT_DB, worst_sqnr_db
 from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import planned_layers, quantized_layers
@@ -47,7 +47,7 @@ def prepare(
     and calls; the export, which can't be looked into, counts as much as all of them.
     """
     module = load_module(plan.source, job.spec.folder)
-    wrapper = WRAPPERS[job.spec.role](module)
+    wrapper = WRAPPERS[job.spec.wrapper](module)
     calls = load_calls(recorded / f"{job.spec.name}.safetensors")
     schemes = planned_layers(module, job.policy)
     steps = Steps(progress, 2 * (2 + len(schemes) + (2 + len(calls) if schemes else 0)))
@@ -86,9 +86,8 @@ def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, 
 
 
 def _oracle_db(wrapper: nn.Module, calls: Mapping[str, Call], steps: Steps) -> float:
-    return sqnr_db(
-        (call.outputs[0], run_module(wrapper, call).outputs[0])
-        for call in steps.counting(calls.values())
+    return worst_sqnr_db(
+        (call.outputs, run_module(wrapper, call).outputs) for call in steps.counting(calls.values())
     )
 
 

@@ -6,9 +6,10 @@ are encoded first, then denoised, then decoded, and the pictures encoded again.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from optimizer.calls import Call, save_calls
 from optimizer.load import load_module
@@ -29,8 +29,12 @@ from optimizer.quantize.apply import quantizable_layers
 from optimizer.quantize.covariance import Covariance, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
 from optimizer.sizes import LARGE
-from runners.adapters import TextEncoderAdapter, VaeAdapter
+from runners.adapters import ADAPTERS, VaeAdapter, unet_feeds
 from runners.modules import WRAPPERS
+from runners.pipeline import pipeline_of, tokenizer_in
+
+Embeddings = dict[str, dict[str, Tensor]]
+"""Prompt -> what the pipeline takes in its place, by name."""
 
 __all__ = ["load_statistics", "record", "record_covariances", "record_statistics", "trial_calls"]
 
@@ -45,13 +49,13 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     total = len(plan.calibration.held_out) * plan.calibration.steps
     embeddings = _encode(plan, prompts, out)
     calls, latents = [], []
-    with _denoiser(plan) as pipeline:
+    with _denoiser(plan) as (pipeline, module):
         for prompt in plan.calibration.held_out:
-            with _calls(pipeline.unet) as found:
+            with _calls(plan, module) as found:
                 latents.append(_denoise(plan, pipeline, embeddings, prompt, plan.native_size))
             calls += found
             progress(len(calls), total)
-    _save(calls, out / "unet.safetensors")
+    _save(calls, out / f"{plan.denoiser.spec.name}.safetensors")
     _record_vae(plan, latents, out)
 
 
@@ -62,10 +66,10 @@ def record_statistics(
 
     `partial` holds the runs so far, should this be killed.
     """
-    factors = plan.family.component("unet").factors
-    with _denoiser(plan) as pipeline:
-        layers = quantizable_layers(pipeline.unet)
-        with observing(pipeline.unet, layers, factors) as statistics:
+    factors = plan.denoiser.spec.factors
+    with _denoiser(plan) as (pipeline, module):
+        layers = quantizable_layers(module)
+        with observing(module, layers, factors) as statistics:
             observed = _Observed(statistics, partial)
             _run_all(plan, pipeline, recorded, plan.calibration.prompts, progress, observed)
     safetensors.torch.save_file(observed.tensors(), out / "statistics.safetensors")
@@ -75,9 +79,9 @@ def record_covariances(
     plan: Plan, recorded: Path, partial: Path, out: Path, progress: Progress
 ) -> None:
     """Write covariances.safetensors: of every layer's inputs, over more runs than the ranges."""
-    with _denoiser(plan) as pipeline:
-        layers = quantizable_layers(pipeline.unet)
-        with observing_covariance(pipeline.unet, layers) as covariances:
+    with _denoiser(plan) as (pipeline, module):
+        layers = quantizable_layers(module)
+        with observing_covariance(module, layers) as covariances:
             observed = _Observed(covariances, partial)
             prompts = plan.calibration.covariance_prompts
             _run_all(plan, pipeline, recorded, prompts, progress, observed)
@@ -138,13 +142,13 @@ def trial_calls(plan: Plan, recorded: Path) -> list[Call]:
     A large model's runs are of half its native side.
     """
     kept: list[Call] = []
-    embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
+    embeddings = _embeddings(recorded)
     side = plan.native_size
     if plan.denoiser.parameters > LARGE:
         side = max(1, side // 2 // plan.size_step) * plan.size_step
-    with _denoiser(plan) as pipeline:
+    with _denoiser(plan) as (pipeline, module):
         for prompt in plan.calibration.trial:
-            with _calls(pipeline.unet) as calls:
+            with _calls(plan, module) as calls:
                 _denoise(plan, pipeline, embeddings, prompt, side)
             count = min(_TRIAL_CALLS, len(calls))
             kept += [_as_call(calls[(2 * i + 1) * len(calls) // (2 * count)]) for i in range(count)]
@@ -164,7 +168,7 @@ def _run_all(
     observed: _Observed,
 ) -> None:
     """Run the prompts that weren't run before."""
-    embeddings = safetensors.torch.load_file(recorded / "prompts.safetensors")
+    embeddings = _embeddings(recorded)
     done = observed.runs
     for number, prompt in enumerate(prompts[done:], start=done + 1):
         _denoise(plan, pipeline, embeddings, prompt, plan.native_size)
@@ -193,81 +197,147 @@ def load_statistics(folder: Path, covariances: Path | None = None) -> dict[str, 
 
 
 @torch.inference_mode()
-def _encode(plan: Plan, prompts: tuple[str, ...], out: Path) -> dict[str, Tensor]:
-    """The embeddings of "" and all prompts [1, tokens, width]; records the text encoder's calls."""
-    tokenizer = CLIPTokenizer.from_pretrained(plan.source.folder / "tokenizer")
-    encoder = WRAPPERS["text_encoder"](load_module(plan.source, "text_encoder"))
-    embeddings, calls = {}, []
-    for prompt in ("", *prompts):
-        ids = tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        outputs = encoder(ids)
-        embeddings[prompt] = outputs[0]
-        calls.append(((ids,), outputs))
-    _save(calls[: 1 + len(plan.calibration.held_out)], out / "text_encoder.safetensors")
-    safetensors.torch.save_file(
-        {prompt: tensor.contiguous() for prompt, tensor in embeddings.items()},
-        out / "prompts.safetensors",
-    )
+def _encode(plan: Plan, prompts: tuple[str, ...], out: Path) -> Embeddings:
+    """What the pipeline encodes "" and all prompts to; records the text encoders' calls."""
+    specs = [spec for spec in plan.family.components if spec.role == "text_encoder"]
+    encoders = {spec.name: load_module(plan.source, spec.folder) for spec in specs}
+    pipeline = _pipeline(plan, encoders)
+    accepted = inspect.signature(pipeline.encode_prompt).parameters
+    embeddings: Embeddings = {}
+    with ExitStack() as stack:
+        given = {n: stack.enter_context(_token_ids(module)) for n, module in encoders.items()}
+        for prompt in ("", *prompts):
+            asked = {"prompt": prompt, "prompt_2": None, "prompt_3": None, **_ENCODING}
+            found = pipeline.encode_prompt(**{k: v for k, v in asked.items() if k in accepted})
+            embeddings[prompt] = {
+                name: tensor
+                for name, tensor in zip(plan.family.embeddings, found, strict=True)
+                if name is not None
+            }
+    for spec in specs:
+        wrapper = WRAPPERS[spec.wrapper](encoders[spec.name])
+        kept = given[spec.name][: 1 + len(plan.calibration.held_out)]
+        _save([((ids,), wrapper(ids)) for ids in kept], out / f"{spec.name}.safetensors")
+    tensors = {
+        f"{name}/{prompt}": tensor.contiguous().clone()
+        for prompt, found in embeddings.items()
+        for name, tensor in found.items()
+    }
+    safetensors.torch.save_file(tensors, out / _EMBEDDINGS)
     return embeddings
 
 
+_EMBEDDINGS = "prompts.safetensors"
+_ENCODING = {
+    "device": torch.device("cpu"),
+    "num_images_per_prompt": 1,
+    "do_classifier_free_guidance": True,
+}
+
+
+def _embeddings(recorded: Path) -> Embeddings:
+    """What `_encode` saved."""
+    found: Embeddings = {}
+    for key, tensor in safetensors.torch.load_file(recorded / _EMBEDDINGS).items():
+        name, _, prompt = key.partition("/")
+        found.setdefault(prompt, {})[name] = tensor
+    return found
+
+
 @contextmanager
-def _denoiser(plan: Plan) -> Iterator[Any]:
-    """diffusers' pipeline with only the denoiser loaded; embeddings in, latents out."""
+def _token_ids(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the ids [1, tokens] that a text encoder is called with, each once."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not any(torch.equal(args[0], known) for known in found):
+            found.append(args[0])
+
+    handle = encoder.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _pipeline(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
+    """diffusers' pipeline with only some components loaded; latents come out undecoded."""
 
     def absent() -> Any:
-        raise AssertionError("only the denoiser runs here")
+        raise AssertionError("only the loaded components run here")
 
     source = plan.source
     scheduler = source.component_config("scheduler")
-    cls = getattr(diffusers, source.pipeline_class)
-    pipeline = cls(
-        vae=VaeAdapter(source.component_config("vae"), encoder=absent, decoder=absent),
-        text_encoder=TextEncoderAdapter(source.component_config("text_encoder"), absent),
-        tokenizer=CLIPTokenizer.from_pretrained(source.folder / "tokenizer"),
-        unet=load_module(source, "unet"),
-        scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        "vae": _Undecoded(source.component_config("vae"), encoder=absent, decoder=absent),
+    }
+    for spec in plan.family.components:
+        if spec.wrapper in ADAPTERS:
+            adapter = ADAPTERS[spec.wrapper]
+            parts[spec.name] = loaded.get(spec.name) or adapter(
+                source.component_config(spec.folder), absent
+            )
+    for name in sorted({file.split("/")[0] for file in source.files}):
+        if name.startswith("tokenizer"):
+            parts[name] = tokenizer_in(source.folder / name)
+    pipeline = pipeline_of(getattr(diffusers, source.pipeline_class), parts, source.settings)
     pipeline.set_progress_bar_config(disable=True)
-    yield pipeline
+    return pipeline
 
 
-def _denoise(
-    plan: Plan, pipeline: Any, embeddings: dict[str, Tensor], prompt: str, side: int
-) -> Tensor:
+class _Undecoded(VaeAdapter):
+    """Keeps the latents that a pipeline would have decoded."""
+
+    latents: Tensor
+
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,  # noqa: FBT001, FBT002, ARG002 (diffusers' signature)
+        generator: torch.Generator | None = None,  # noqa: ARG002 (diffusers' signature)
+    ) -> tuple[Tensor]:
+        """An empty picture [batch, 3, 1, 1]."""
+        self.latents = z
+        return (torch.zeros(len(z), 3, 1, 1),)
+
+
+@contextmanager
+def _denoiser(plan: Plan) -> Iterator[tuple[Any, nn.Module]]:
+    """diffusers' pipeline with only the denoiser loaded, and that."""
+    spec = plan.denoiser.spec
+    module = load_module(plan.source, spec.folder)
+    yield _pipeline(plan, {spec.name: module}), module
+
+
+def _denoise(plan: Plan, pipeline: Any, embeddings: Embeddings, prompt: str, side: int) -> Tensor:
+    """The latents that would be decoded."""
     seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
-    result = pipeline(
-        prompt_embeds=embeddings[prompt],
-        negative_prompt_embeds=embeddings[""],
+    pipeline(
+        **embeddings[prompt],
         num_inference_steps=plan.calibration.steps,
         guidance_scale=plan.calibration.guidance,
         height=side,
         width=side,
         generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
+        output_type="pt",
     )
-    latents: Tensor = result.images
+    latents: Tensor = pipeline.vae.latents
     return latents
 
 
 @contextmanager
-def _calls(denoiser: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+def _calls(plan: Plan, denoiser: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
     """Collect the inputs and outputs of a denoiser, as its wrapper takes and gives them."""
+    job = plan.denoiser
     found: list[tuple[Any, Any]] = []
 
     def hook(_module: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:
-        sample, timestep = args
-        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-        inputs = (sample, steps.expand(sample.shape[0]), keywords["encoder_hidden_states"])
+        named = dict(zip(("sample", "timestep"), args, strict=False)) | keywords
+        if job.spec.wrapper == "unet":
+            taken = inspect.signature(unet_feeds).parameters
+            named = unet_feeds(**{name: named[name] for name in taken if name in named})
+        inputs = tuple(named[spec.name] for spec in job.signature.inputs)
         found.append((inputs, (output[0],)))
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
@@ -279,12 +349,10 @@ def _calls(denoiser: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 @torch.inference_mode()
 def _record_vae(plan: Plan, latents: list[Tensor], out: Path) -> None:
-    vae = load_module(plan.source, "vae")
     decoder = WRAPPERS["vae_decoder"](load_module(plan.source, "vae"))
-    inputs = [latent / vae.config.scaling_factor for latent in latents]  # type: ignore[union-attr,operator]
-    decoded = [((latent,), decoder(latent)) for latent in inputs]
+    decoded = [((latent,), decoder(latent)) for latent in latents]
     _save(decoded, out / "vae_decoder.safetensors")
-    encoder = WRAPPERS["vae_encoder"](vae)
+    encoder = WRAPPERS["vae_encoder"](load_module(plan.source, "vae"))
     images = [outputs[0].clamp(-1, 1) for _, outputs in decoded]
     _save([((image,), encoder(image)) for image in images], out / "vae_encoder.safetensors")
 

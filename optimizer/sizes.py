@@ -18,12 +18,16 @@ LARGE = 50_000_000
 ms."""
 
 
+_TABLES = ("embedding.weight", "embed_tokens.weight", "shared.weight", "attention_bias.weight")
+"""Ends of the names of look-up tables, which are no linears."""
+
+
 def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The linears and 2-d convolutions among parameters: weights of 2 or 4 axes, no embeddings."""
     return {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and "embedding.weight" not in name
+        if name.endswith(".weight") and len(shape) in (2, 4) and not name.endswith(_TABLES)
     }
 
 

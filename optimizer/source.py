@@ -48,6 +48,16 @@ class ModelSource:
         """The digest of all used files: the same wherever the folder lies."""
         return digest({name: [file.size, file.sha256] for name, file in self.files.items()})
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What model_index.json says of the pipeline beside its parts."""
+        index = _read_json(self.folder / "model_index.json")
+        return {
+            name: value
+            for name, value in index.items()
+            if not name.startswith("_") and (value is None or isinstance(value, str | int | float))
+        }
+
     def component_config(self, name: str) -> dict[str, Any]:
         """Return the config of a component's folder, such as "unet" or "scheduler"."""
         for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):

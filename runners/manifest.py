@@ -11,7 +11,7 @@ from runners.signature import Signature
 
 __all__ = ["SCHEMA", "ComponentEntry", "FileEntry", "Manifest", "ModelEntry", "Speed"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +57,8 @@ class ModelEntry(BaseModel):
     """sha256 over the digests of the files that were read."""
     family: str
     pipeline_class: str
+    settings: dict[str, bool | int | float | str | None] = {}
+    """What model_index.json says of the pipeline beside its parts."""
 
 
 class ComponentEntry(BaseModel):
@@ -66,6 +68,8 @@ class ComponentEntry(BaseModel):
 
     name: str
     role: Literal["text_encoder", "denoiser", "vae_encoder", "vae_decoder", "controlnet"]
+    wrapper: str
+    """How it is called: a name of runners.modules.WRAPPERS."""
     backend: str
     quant: str
     dtype: Literal["fp32", "bf16", "fp16"]
@@ -154,13 +158,18 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         roles = [str(entry.role) for entry in self.components]
-        if roles.count("denoiser") != 1 or len(set(roles)) != len(roles):
-            raise ValueError("one component a role, and one denoiser, are needed")
+        names = [entry.name for entry in self.components]
+        if roles.count("denoiser") != 1 or len(set(names)) != len(names):
+            raise ValueError("one component a name, and one denoiser, are needed")
         for name in ("size_min", "size_max", "batch"):
             if type(self.recipe.get(name)) is not int or self.recipe[name] < 1:
                 raise ValueError(f"the recipe's {name} must be a whole number above 0")
         return self
 
     def component(self, role: str) -> ComponentEntry:
-        """The component in this role; KeyError where there is none."""
-        return {str(entry.role): entry for entry in self.components}[role]
+        """The first component in this role; KeyError where there is none."""
+        return {str(entry.role): entry for entry in reversed(self.components)}[role]
+
+    def named(self, name: str) -> ComponentEntry:
+        """The component of this name; KeyError where there is none."""
+        return {entry.name: entry for entry in self.components}[name]

@@ -1,7 +1,7 @@
 """The torch side of a component: built from its config, called with positional tensors.
 
-A wrapper per role gives every component one calling convention: the signature's inputs in order,
-a tuple of its outputs back. Exporters trace the wrappers; the eager engine runs them.
+A wrapper gives a component one calling convention: the signature's inputs in order, a tuple of its
+outputs back. Exporters trace the wrappers; the eager engine runs them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 _CLASSES = {
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "FluxTransformer2DModel": "diffusers",
+    "SD3Transformer2DModel": "diffusers",
+    "T5EncoderModel": "transformers",
     "UNet2DConditionModel": "diffusers",
 }
 """The classes that a config may name: a config is data from outside and never picks freely."""
@@ -47,25 +51,68 @@ def component_from_config(config: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-class TextEncoder(nn.Module):
-    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width], pooler_output."""
+class ClipText(nn.Module):
+    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width], pooler_output
+    [batch, width] and hidden_states [batch, layers + 1, tokens, width], each one normed.
+
+    Normed, because that is how Stable Diffusion 1.x and 2.x use an earlier layer's (clip skip).
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Wrap a CLIPTextModel."""
         super().__init__()
         self.module = module
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode padded prompts; the positions are explicit, as batched exports need them."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        output = self.module(
-            input_ids=input_ids, position_ids=positions.expand(input_ids.shape[0], -1)
-        )
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode padded prompts."""
+        output = _clip(self.module, input_ids)
+        states = self.module.final_layer_norm(torch.stack(output.hidden_states, 1))  # type: ignore[operator]
+        return output.last_hidden_state, output.pooler_output, states
 
 
-class Denoiser(nn.Module):
-    """sample, timestep [batch], encoder_hidden_states -> the raw prediction, shaped as sample."""
+class ClipHidden(nn.Module):
+    """input_ids [batch, tokens] -> hidden_states [batch, layers + 1, tokens, width] as they are,
+    last_hidden_state [batch, tokens, width] and pooled [batch, width]: the projected one of a model
+    that has a projection.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap a CLIPTextModel or a CLIPTextModelWithProjection."""
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode padded prompts."""
+        output = _clip(self.module, input_ids)
+        projected = getattr(output, "text_embeds", None)
+        pooled = output.pooler_output if projected is None else projected
+        return torch.stack(output.hidden_states, 1), output.last_hidden_state, pooled
+
+
+def _clip(module: nn.Module, input_ids: Tensor) -> Any:
+    """All that a CLIP gives; the positions are explicit, as batched exports need them."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    positions = positions.expand(input_ids.shape[0], -1)
+    return module(input_ids=input_ids, position_ids=positions, output_hidden_states=True)
+
+
+class T5Text(nn.Module):
+    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap a T5EncoderModel."""
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        """Encode padded prompts; like the pipelines, without a mask."""
+        return (self.module(input_ids=input_ids).last_hidden_state,)
+
+
+class UNet(nn.Module):
+    """sample, timestep [batch], encoder_hidden_states [, text_embeds, time_ids] -> the raw
+    prediction, [batch, channels, height, width]. The last two are SDXL's.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Wrap a UNet2DConditionModel."""
@@ -73,10 +120,54 @@ class Denoiser(nn.Module):
         self.module = module
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
     ) -> tuple[Tensor]:
         """One step's prediction, before guidance."""
-        output = self.module(sample, timestep, encoder_hidden_states, return_dict=False)
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        output = self.module(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )
+        return (output[0],)
+
+
+class Transformer(nn.Module):
+    """hidden_states, encoder_hidden_states, pooled_projections, timestep [batch] [, img_ids,
+    txt_ids [, guidance [batch]]] -> the raw prediction, shaped as hidden_states.
+
+    SD3 takes the first four, latents as [batch, channels, height, width]; FLUX all, latents in
+    patches [batch, sequence, channels].
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap an SD3Transformer2DModel or a FluxTransformer2DModel."""
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        """One step's prediction."""
+        more = {"img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
+        output = self.module(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            return_dict=False,
+            **{name: value for name, value in more.items() if value is not None},
+        )
         return (output[0],)
 
 
@@ -116,9 +207,12 @@ class VaeEncoder(nn.Module):
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "denoiser": Denoiser,
+    "clip_text": ClipText,
+    "clip_hidden": ClipHidden,
+    "t5_text": T5Text,
+    "unet": UNet,
+    "transformer": Transformer,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
 }
-"""Role -> the wrapper that gives the role its calling convention."""
+"""The wrappers by their names in families and manifests: each a calling convention."""

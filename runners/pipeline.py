@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,35 @@ import torch
 import transformers
 
 from profiles.errors import BundleError, SpecError
-from runners.adapters import DenoiserAdapter, TextEncoderAdapter, VaeAdapter
+from runners.adapters import ADAPTERS, VaeAdapter
 from runners.bundle import Bundle, open_bundle
 from runners.engines import engine_class
 from runners.engines.base import Engine
 from runners.manifest import ComponentEntry
 from runners.selftest import require_selftest
 
-__all__ = ["TASKS", "LoadedBundle", "load", "open_engine"]
+__all__ = ["TASKS", "LoadedBundle", "load", "open_engine", "pipeline_of", "tokenizer_in"]
 
 TASKS: dict[str, dict[str, str]] = {
+    "FluxPipeline": {
+        "text-to-image": "FluxPipeline",
+        "img2img": "FluxImg2ImgPipeline",
+        "inpaint": "FluxInpaintPipeline",
+    },
+    "StableDiffusion3Pipeline": {
+        "text-to-image": "StableDiffusion3Pipeline",
+        "img2img": "StableDiffusion3Img2ImgPipeline",
+        "inpaint": "StableDiffusion3InpaintPipeline",
+    },
     "StableDiffusionPipeline": {
         "text-to-image": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+    },
+    "StableDiffusionXLPipeline": {
+        "text-to-image": "StableDiffusionXLPipeline",
+        "img2img": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
     },
 }
 """The manifest's pipeline class -> task -> diffusers' class of that task."""
@@ -46,17 +64,17 @@ class LoadedBundle:
         """The bundle's manifest."""
         return self.bundle.manifest
 
-    def engine(self, role: str) -> Engine:
-        """The open engine of the component in `role`, opened at the first call."""
-        if role not in self._engines:
-            entry = self.bundle.manifest.component(role)
+    def engine(self, name: str) -> Engine:
+        """The open engine of the component called `name`, opened at the first call."""
+        if name not in self._engines:
+            entry = self.bundle.manifest.named(name)
             engine = self._stack.enter_context(
                 open_engine(self.bundle, entry, threads=self.threads)
             )
             if not entry.ran:
                 require_selftest(self.bundle, entry, engine, engine.machine())
-            self._engines[role] = engine
-        return self._engines[role]
+            self._engines[name] = engine
+        return self._engines[name]
 
     def close(self) -> None:
         """Release all engines."""
@@ -107,30 +125,50 @@ def _require_card(bundle: Bundle) -> None:
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
     bundle = loaded.bundle
+    parts: dict[str, Any] = {"scheduler": _scheduler(bundle)}
+    for name in sorted({path.split("/")[0] for path in bundle.manifest.files}):
+        if name.startswith("tokenizer"):
+            with bundle.folder(name) as folder:
+                parts[name] = tokenizer_in(folder)
+    for entry in bundle.manifest.components:
+        if entry.wrapper in ADAPTERS:
+            config = bundle.json(entry.config)
+            parts[entry.name] = ADAPTERS[entry.wrapper](config, partial(loaded.engine, entry.name))
+    parts["vae"] = VaeAdapter(
+        bundle.json(bundle.manifest.component("vae_decoder").config),
+        encoder=partial(loaded.engine, "vae_encoder"),
+        decoder=partial(loaded.engine, "vae_decoder"),
+    )
+    return pipeline_of(cls, parts, bundle.manifest.model.settings)
 
-    def config(role: str) -> dict[str, Any]:
-        return bundle.json(bundle.manifest.component(role).config)
 
-    def engine(role: str) -> Callable[[], Engine]:
-        return lambda: loaded.engine(role)
+def pipeline_of(cls: Any, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """diffusers' pipeline of these parts; None for those that it takes and aren't there.
 
-    with bundle.folder("tokenizer") as folder:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-    parts = {
-        "tokenizer": tokenizer,
-        "scheduler": _scheduler(bundle),
-        "text_encoder": TextEncoderAdapter(config("text_encoder"), engine("text_encoder")),
-        "unet": DenoiserAdapter(config("denoiser"), engine("denoiser")),
-        "vae": VaeAdapter(
-            config("vae_decoder"), encoder=engine("vae_encoder"), decoder=engine("vae_decoder")
-        ),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
+    Never with a safety checker: no engine runs one.
+    """
+    given = {**settings, **parts, "requires_safety_checker": False}
+    taken = {
+        name: given.get(name)
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if name in given or parameter.default is inspect.Parameter.empty
     }
-    accepted = inspect.signature(cls.__init__).parameters
     with torch.no_grad():
-        return cls(**{name: part for name, part in parts.items() if name in accepted})
+        return cls(**taken)
+
+
+_TOKENIZERS = ("CLIPTokenizer", "T5Tokenizer")
+"""The classes that a tokenizer's config may name, with "Fast" or without."""
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer in a folder; BundleError where its class isn't known."""
+    path = folder / "tokenizer_config.json"
+    document = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    name = str(document.get("tokenizer_class", "CLIPTokenizer")).removesuffix("Fast")
+    if name not in _TOKENIZERS:
+        raise BundleError(f"{folder.name} names the tokenizer {name}, which isn't known here.")
+    return getattr(transformers, name).from_pretrained(folder)
 
 
 def _scheduler(bundle: Bundle) -> Any:

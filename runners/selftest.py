@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from profiles.errors import SelfTestError
 from runners.bundle import Bundle
-from runners.engines.base import Engine
+from runners.engines.base import Array, Engine
 from runners.manifest import ComponentEntry
 
 __all__ = ["check_calls", "require_selftest", "result_paths"]
@@ -47,31 +47,31 @@ def require_selftest(bundle: Bundle, entry: ComponentEntry, engine: Engine, mach
 
 
 def check_calls(bundle: Bundle, entry: ComponentEntry, engine: Engine) -> dict[str, float]:
-    """Name of a recorded call -> the engine's SQNR on it against fp32, in dB."""
+    """Name of a recorded call -> the SQNR against fp32 of the engine's worst output, in dB."""
     found = {}
     for name, (feeds, wanted) in _calls(bundle, entry).items():
-        output = engine(feeds)[entry.signature.outputs[0].name]
-        found[name] = round(_sqnr_db(wanted, output), 2)
+        outputs = engine(feeds)
+        found[name] = round(min(_sqnr_db(wanted[key], outputs[key]) for key in wanted), 2)
     return found
 
 
 def _calls(
     bundle: Bundle, entry: ComponentEntry
-) -> dict[str, tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]]:
-    """Name -> feeds and the first output of fp32, as optimizer.calls wrote them."""
+) -> dict[str, tuple[dict[str, Array], dict[str, Array]]]:
+    """Name -> feeds and the outputs of fp32, as optimizer.calls wrote them."""
     assert entry.selftest is not None
     tensors = safetensors.numpy.load(bytes(bundle.file(entry.selftest)))
     names = dict.fromkeys(key.split("/")[0] for key in tensors)
     return {
         name: (
             {spec.name: tensors[f"{name}/i/{k}"] for k, spec in enumerate(entry.signature.inputs)},
-            tensors[f"{name}/o/0"],
+            {spec.name: tensors[f"{name}/o/{k}"] for k, spec in enumerate(entry.signature.outputs)},
         )
         for name in sorted(names)
     }
 
 
-def _sqnr_db(wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> float:
+def _sqnr_db(wanted: Array, got: Array) -> float:
     reference, output = wanted.astype(np.float64), got.astype(np.float64)
     signal, error = float(np.square(reference).sum()), float(np.square(reference - output).sum())
     if not math.isfinite(error):

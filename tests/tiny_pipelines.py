@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TINY_TOKENS", "tiny_sd", "tiny_tokenizer"]
+__all__ = ["TINY", "TINY_TOKENS", "tiny_flux", "tiny_sd", "tiny_sd3", "tiny_sdxl", "tiny_tokenizer"]
 
 TINY_TOKENS = 32
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
@@ -23,8 +24,18 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=TINY_TOKENS)
 
 
-def _text_encoder() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def tiny_t5_tokenizer() -> Any:
+    """A letter a token."""
+    from transformers import T5Tokenizer
+
+    marks = ["<pad>", "</s>", "<unk>", "\u2581"]
+    pieces = [(piece, -float(i)) for i, piece in enumerate([*marks, *_CHARACTERS])]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TINY_TOKENS)
+
+
+def _text_encoder(cls: str = "CLIPTextModel") -> Any:
+    import transformers
+    from transformers import CLIPTextConfig
 
     vocabulary = _vocabulary()
     config = CLIPTextConfig(
@@ -39,25 +50,40 @@ def _text_encoder() -> Any:
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
     )
-    return CLIPTextModel(config)
+    return getattr(transformers, cls)(config)
 
 
-def _unet() -> Any:
+def _t5(width: int = 32) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tiny_t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+    )
+    return T5EncoderModel(config)
+
+
+def _unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
+    settings = {"cross_attention_dim": 32, **more}
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
         attention_head_dim=4,
         norm_num_groups=16,
+        **settings,
     )
 
 
-def _vae() -> Any:
+def _vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -65,9 +91,32 @@ def _vae() -> Any:
         block_out_channels=(16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
         norm_num_groups=8,
+        **{"latent_channels": 4, **more},
     )
+
+
+def _ddim() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def _saved(make: Callable[[], Any], folder: Path, seed: int) -> Path:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = make()
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def tiny_sd(folder: Path, *, seed: int = 0) -> Path:
@@ -75,27 +124,122 @@ def tiny_sd(folder: Path, *, seed: int = 0) -> Path:
 
     Pictures are 64x64 (latent: [batch, 4, 16, 16]), prompts 32 tokens. Weights are safetensors.
     """
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = StableDiffusionPipeline(
+    def make() -> Any:
+        return StableDiffusionPipeline(
             vae=_vae(),
             text_encoder=_text_encoder(),
             tokenizer=tiny_tokenizer(),
             unet=_unet(),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
+            scheduler=_ddim(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    pipeline.save_pretrained(folder)
-    return folder
+
+    return _saved(make, folder, seed)
+
+
+def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
+    """A StableDiffusionXLPipeline; sizes as `tiny_sd`'s, two text encoders."""
+    from diffusers import StableDiffusionXLPipeline
+
+    def make() -> Any:
+        return StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=_text_encoder(),
+            text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
+            tokenizer=tiny_tokenizer(),
+            tokenizer_2=tiny_tokenizer(),
+            unet=_unet(
+                cross_attention_dim=64,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=32 + 6 * 8,
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+            ),
+            scheduler=_ddim(),
+            add_watermarker=False,
+        )
+
+    return _saved(make, folder, seed)
+
+
+def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
+    """A StableDiffusion3Pipeline: latents of 8 channels in patches of 2, three text encoders."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    def make() -> Any:
+        return StableDiffusion3Pipeline(
+            vae=_vae(
+                latent_channels=8,
+                shift_factor=0.06,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=_text_encoder("CLIPTextModelWithProjection"),
+            text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
+            text_encoder_3=_t5(64),
+            tokenizer=tiny_tokenizer(),
+            tokenizer_2=tiny_tokenizer(),
+            tokenizer_3=tiny_t5_tokenizer(),
+            transformer=SD3Transformer2DModel(
+                sample_size=16,
+                patch_size=2,
+                in_channels=8,
+                out_channels=8,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                caption_projection_dim=64,
+                joint_attention_dim=64,
+                pooled_projection_dim=64,
+                pos_embed_max_size=32,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+
+    return _saved(make, folder, seed)
+
+
+def tiny_flux(folder: Path, *, seed: int = 0, guided: bool = True) -> Path:
+    """A FluxPipeline: latents of 4 channels in patches of 2; guided as dev, else as schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    def make() -> Any:
+        return FluxPipeline(
+            vae=_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=_text_encoder(),
+            text_encoder_2=_t5(),
+            tokenizer=tiny_tokenizer(),
+            tokenizer_2=tiny_t5_tokenizer(),
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=32,
+                pooled_projection_dim=32,
+                guidance_embeds=guided,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guided),
+        )
+
+    return _saved(make, folder, seed)
+
+
+TINY: dict[str, Callable[[Path], Path]] = {
+    "sd1": tiny_sd,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+}
+"""Family -> its tiny pipeline."""

@@ -115,7 +115,7 @@ def _peers(bundle: Bundle, entry: ComponentEntry) -> dict[str, Callable[[], Any]
             torch.nn.init.normal_(tensor, std=0.02)
         else:
             tensor.zero_()
-    module = WRAPPERS[entry.role](component.to(dtype).eval())
+    module = WRAPPERS[entry.wrapper](component.to(dtype).eval())
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in _feeds(entry, device).values()]
 
     @torch.inference_mode()

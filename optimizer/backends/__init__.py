@@ -126,6 +126,8 @@ class How:
     backend: str
     dtype: str
     role: str
+    wrapper: str
+    """How the component is called: a name of runners.modules.WRAPPERS."""
     signature: Signature
     dynamic: bool = False
     """Whether the runtime may round inputs of 4-bit layers to 8 bits as they come."""

@@ -18,7 +18,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # no
     for name in files.values():
         shutil.copyfile(source / name, out / name)
     dtype = {"fp32": "f32"}.get(how.dtype, how.dtype)
-    return Built(files=files, properties={"role": how.role, "dtype": dtype})
+    return Built(files=files, properties={"wrapper": how.wrapper, "dtype": dtype})
 
 
 def low_bit_layers(engine: Any) -> int:  # noqa: ARG001

@@ -17,6 +17,9 @@ __all__ = ["FAMILIES", "detect_checkpoint", "detect_pipeline", "family"]
 
 FAMILIES: dict[str, str] = {
     "sd1": "optimizer.families.sd1:SD1",
+    "sdxl": "optimizer.families.sdxl:SDXL",
+    "sd3": "optimizer.families.sd3:SD3",
+    "flux": "optimizer.families.flux:FLUX",
 }
 
 

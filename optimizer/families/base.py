@@ -32,7 +32,9 @@ class ComponentSpec:
     role: Role
     folder: str
     """The diffusers folder that holds its config and weights."""
-    prefixes: tuple[str, ...]
+    wrapper: str
+    """How it is called: a name of runners.modules.WRAPPERS."""
+    prefixes: tuple[str, ...] = ("",)
     """Beginnings of the names of its parameters; ("",) is all of the folder's."""
     fragile: tuple[str, ...] = ()
     """fnmatch patterns of layers that lose most from few bits: the first and last convolutions,
@@ -52,6 +54,9 @@ class Family:
     name: str
     title: str
     pipeline_classes: tuple[str, ...]
+    embeddings: tuple[str | None, ...]
+    """What the pipeline's encode_prompt returns, by the names that its call takes; None: not
+    taken."""
     components: tuple[ComponentSpec, ...]
     signatures: Callable[[Mapping[str, Mapping[str, Any]], Ranges], dict[str, Signature]]
     """Component configs and ranges -> each component's signature."""

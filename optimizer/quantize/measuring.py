@@ -51,7 +51,7 @@ def measure(
     """Write sensitivity.json into `out`; `partial` holds finished layers, should this be killed."""
     call = batched(_chosen(trial_calls(plan, recorded), job))
     module = load_module(plan.source, job.spec.folder)
-    wrapper = WRAPPERS[job.spec.role](module)
+    wrapper = WRAPPERS[job.spec.wrapper](module)
     found = load_statistics(statistics, covariances)
     layers = quantizable_layers(module)
     done = _finished(partial)

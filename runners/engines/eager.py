@@ -30,7 +30,7 @@ _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 @final
 class EagerEngine(Engine):
-    """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `role`, `dtype`.
+    """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `wrapper`, `dtype`.
 
     Raises MissingError for NF4 layers without bitsandbytes.
     """
@@ -40,7 +40,7 @@ class EagerEngine(Engine):
             config = json.loads(bytes(self.files["config"]))
             layers = json.loads(bytes(self.files["layers"]))
             dtype = _DTYPES[str(self.properties["dtype"])]
-            wrapper = WRAPPERS[str(self.properties["role"])]
+            wrapper = WRAPPERS[str(self.properties["wrapper"])]
             component = eager_module(config, layers, self.files["weights"])
         except (ValueError, KeyError, SafetensorError, SpecError) as error:
             raise BundleError(f"torch can't open the engine: {error}.") from error

@@ -46,7 +46,7 @@ def call() -> Call:
 def test_a_changed_layer_gives_what_a_whole_run_gives(
     unet: UNet2DConditionModel, call: Call
 ) -> None:
-    wrapper = WRAPPERS["denoiser"](unet)
+    wrapper = WRAPPERS["unet"](unet)
     replay = Replay(wrapper, unet, call)
     np.testing.assert_array_equal(replay.output, run_module(wrapper, call).outputs[0])
     layers = quantizable_layers(unet)
@@ -62,7 +62,7 @@ def test_a_changed_layer_gives_what_a_whole_run_gives(
 
 
 def test_what_comes_before_is_not_run_again(unet: UNet2DConditionModel, call: Call) -> None:
-    replay = Replay(WRAPPERS["denoiser"](unet), unet, call)
+    replay = Replay(WRAPPERS["unet"](unet), unet, call)
     runs: list[str] = []
     handles = [
         block.register_forward_hook(lambda *_, name=name: runs.append(name))

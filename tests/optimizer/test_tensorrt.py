@@ -101,7 +101,13 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
         out = tmp_path / folder
         out.mkdir()
         given = {"dtype": "fp16", "capabilities": ("8.6",), **changed}
-        how = How("tensorrt-rtx", role=entry.role, signature=entry.signature, **given)
+        how = How(
+            "tensorrt-rtx",
+            role=entry.role,
+            wrapper=entry.wrapper,
+            signature=entry.signature,
+            **given,
+        )
         built = builder.build(tmp_path / "source", out, how, progress)
         kept = {*built.files.values(), *(built.proof or {}).values()}
         assert {path.name for path in out.iterdir()} == kept

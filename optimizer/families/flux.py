@@ -1,0 +1,120 @@
+"""FLUX.1: a CLIP text encoder and a T5, a transformer on patches of latents, a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.parts import (
+    VAE,
+    Configs,
+    batch,
+    clip_signature,
+    floats,
+    t5_signature,
+    vae_factor,
+    vae_signatures,
+)
+from runners.signature import Dim, Signature
+
+__all__ = ["FLUX"]
+
+_PATCH = 2
+"""Latents a side of a patch, in diffusers' FluxPipeline."""
+
+_NATIVE = 128
+"""Latents a side that FluxPipeline draws by default; the transformer's config has no size."""
+
+_TOKENS = Dim(name="tokens", min=1, opt=512, max=512)
+"""Of the T5: FluxPipeline's max_sequence_length, at most 512."""
+
+
+def native_size(configs: Configs) -> int:
+    """The pipeline's default, in pixels."""
+    return _NATIVE * vae_factor(configs)
+
+
+def size_step(configs: Configs) -> int:
+    """Latents are cut into patches."""
+    return _PATCH * vae_factor(configs)
+
+
+def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
+    """The signatures of all components.
+
+    `hidden_states`: [batch, sequence, channels], a patch of latents each; `img_ids`: [sequence, 3],
+    where they are; `txt_ids`: [tokens, 3]; `guidance`: [batch], of distilled models.
+    """
+    transformer, step = configs["transformer"], size_step(configs)
+    channels = int(transformer["in_channels"])
+    low, best, high = (
+        (n // step) ** 2 for n in (ranges.size_min, ranges.size_opt, ranges.size_max)
+    )
+    guidance = (floats("guidance", "batch"),) if transformer["guidance_embeds"] else ()
+    return {
+        "text_encoder": clip_signature(configs["text_encoder"], ranges, hidden_first=True),
+        "text_encoder_2": t5_signature(configs["text_encoder_2"], ranges, _TOKENS),
+        "transformer": Signature(
+            inputs=(
+                floats("hidden_states", "batch", "sequence", channels),
+                floats(
+                    "encoder_hidden_states",
+                    "batch",
+                    "tokens",
+                    int(transformer["joint_attention_dim"]),
+                ),
+                floats("pooled_projections", "batch", int(transformer["pooled_projection_dim"])),
+                floats("timestep", "batch"),
+                floats("img_ids", "sequence", 3),
+                floats("txt_ids", "tokens", 3),
+                *guidance,
+            ),
+            outputs=(
+                floats("out", "batch", "sequence", int(transformer["out_channels"] or channels)),
+            ),
+            dims=(batch(ranges), Dim(name="sequence", min=low, opt=best, max=high), _TOKENS),
+        ),
+        **vae_signatures(configs, ranges, step),
+    }
+
+
+def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
+    """A transformer of double and single blocks."""
+    names = ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")
+    return any(
+        all(f"{prefix}{name}" in keys for name in names)
+        for prefix in ("", "model.diffusion_model.")
+    )
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    pipeline_classes=("FluxPipeline",),
+    embeddings=("prompt_embeds", "pooled_prompt_embeds", None),
+    components=(
+        ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_hidden"),
+        ComponentSpec("text_encoder_2", "text_encoder", "text_encoder_2", "t5_text"),
+        ComponentSpec(
+            "transformer",
+            "denoiser",
+            "transformer",
+            "transformer",
+            fragile=(
+                "x_embedder",
+                "context_embedder",
+                "proj_out",
+                "norm_out.linear",
+                "time_text_embed.*",
+                "*.norm.linear",
+                "*.norm1.linear",
+                "*.norm1_context.linear",
+            ),
+        ),
+        *VAE,
+    ),
+    signatures=signatures,
+    native_size=native_size,
+    size_step=size_step,
+    owns_checkpoint=owns_checkpoint,
+)

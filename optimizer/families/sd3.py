@@ -1,0 +1,113 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and a T5, a transformer, a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.parts import (
+    VAE,
+    Configs,
+    clip_signature,
+    floats,
+    guided_batch,
+    sides,
+    t5_signature,
+    vae_factor,
+    vae_signatures,
+)
+from runners.signature import Dim, Signature
+
+__all__ = ["SD3"]
+
+_T5_TOKENS = (1, 256, 512)
+"""diffusers' StableDiffusion3Pipeline: max_sequence_length, at most 512."""
+
+
+def native_size(configs: Configs) -> int:
+    """The transformer's sample_size in pixels."""
+    return int(configs["transformer"]["sample_size"]) * vae_factor(configs)
+
+
+def size_step(configs: Configs) -> int:
+    """Latents are cut into patches."""
+    return vae_factor(configs) * int(configs["transformer"]["patch_size"])
+
+
+def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
+    """The signatures of all components.
+
+    `hidden_states`: [batch, channels, height/f, width/f]; `encoder_hidden_states`: [batch, tokens,
+    width], a CLIP's tokens and then T5's; `pooled_projections`: [batch, projections].
+    """
+    transformer, step = configs["transformer"], size_step(configs)
+    channels = int(transformer["in_channels"])
+    clip = int(configs["text_encoder"]["max_position_embeddings"])
+    low, best, high = _T5_TOKENS
+    tokens = Dim(name="tokens", min=clip + low, opt=clip + best, max=clip + high)
+    return {
+        "text_encoder": clip_signature(configs["text_encoder"], ranges, hidden_first=True),
+        "text_encoder_2": clip_signature(configs["text_encoder_2"], ranges, hidden_first=True),
+        "text_encoder_3": t5_signature(
+            configs["text_encoder_3"], ranges, Dim(name="tokens", min=low, opt=best, max=high)
+        ),
+        "transformer": Signature(
+            inputs=(
+                floats("hidden_states", "batch", channels, "height", "width"),
+                floats(
+                    "encoder_hidden_states",
+                    "batch",
+                    "tokens",
+                    int(transformer["joint_attention_dim"]),
+                ),
+                floats("pooled_projections", "batch", int(transformer["pooled_projection_dim"])),
+                floats("timestep", "batch"),
+            ),
+            outputs=(floats("out", "batch", int(transformer["out_channels"]), "height", "width"),),
+            dims=(guided_batch(ranges), *sides(ranges, step, vae_factor(configs)), tokens),
+        ),
+        **vae_signatures(configs, ranges, step),
+    }
+
+
+def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
+    """A transformer whose blocks join text and picture."""
+    return "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight" in keys
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    pipeline_classes=("StableDiffusion3Pipeline",),
+    embeddings=(
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    components=(
+        ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_hidden"),
+        ComponentSpec("text_encoder_2", "text_encoder", "text_encoder_2", "clip_hidden"),
+        ComponentSpec("text_encoder_3", "text_encoder", "text_encoder_3", "t5_text"),
+        ComponentSpec(
+            "transformer",
+            "denoiser",
+            "transformer",
+            "transformer",
+            fragile=(
+                "pos_embed.proj",
+                "proj_out",
+                "norm_out.linear",
+                "context_embedder",
+                "time_text_embed.*",
+                "*.norm1.linear",
+                "*.norm1_context.linear",
+            ),
+        ),
+        *VAE,
+    ),
+    signatures=signatures,
+    native_size=native_size,
+    size_step=size_step,
+    owns_checkpoint=owns_checkpoint,
+)

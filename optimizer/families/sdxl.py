@@ -1,0 +1,88 @@
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that also takes sizes, a VAE.
+
+Turbo, Lightning and LCM checkpoints are the same network; their schedulers make the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.parts import (
+    VAE,
+    Configs,
+    clip_signature,
+    floats,
+    guided_batch,
+    sides,
+    text_tokens,
+    vae_factor,
+    vae_signatures,
+)
+from optimizer.families.sd1 import UNET_FACTORS, UNET_FRAGILE, native_size, size_step
+from runners.signature import Signature
+
+__all__ = ["SDXL"]
+
+
+def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
+    """The signatures of all components.
+
+    `sample`: [batch, channels, height/f, width/f]; `timestep`: [batch]; `encoder_hidden_states`:
+    [batch, tokens, width]; `text_embeds`: [batch, projection]; `time_ids`: [batch, numbers].
+    """
+    first, second, unet = configs["text_encoder"], configs["text_encoder_2"], configs["unet"]
+    step, width = size_step(configs), int(unet["cross_attention_dim"])
+    projection = int(second["projection_dim"])
+    numbers = int(unet["projection_class_embeddings_input_dim"]) - projection
+    return {
+        "text_encoder": clip_signature(first, ranges, hidden_first=True),
+        "text_encoder_2": clip_signature(second, ranges, hidden_first=True),
+        "unet": Signature(
+            inputs=(
+                floats("sample", "batch", int(unet["in_channels"]), "height", "width"),
+                floats("timestep", "batch"),
+                floats("encoder_hidden_states", "batch", "tokens", width),
+                floats("text_embeds", "batch", projection),
+                floats("time_ids", "batch", numbers // int(unet["addition_time_embed_dim"])),
+            ),
+            outputs=(floats("out_sample", "batch", int(unet["out_channels"]), "height", "width"),),
+            dims=(
+                guided_batch(ranges),
+                *sides(ranges, step, vae_factor(configs)),
+                text_tokens(first),
+            ),
+        ),
+        **vae_signatures(configs, ranges, step),
+    }
+
+
+def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
+    """A latent-diffusion UNet with two text encoders, whose cross-attention is 2048 wide."""
+    probe = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    return probe in keys and keys[probe][1] == 2048
+
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipeline_classes=("StableDiffusionXLPipeline",),
+    embeddings=(
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    components=(
+        ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_hidden"),
+        ComponentSpec("text_encoder_2", "text_encoder", "text_encoder_2", "clip_hidden"),
+        ComponentSpec(
+            "unet", "denoiser", "unet", "unet", fragile=UNET_FRAGILE, factors=UNET_FACTORS
+        ),
+        *VAE,
+    ),
+    signatures=signatures,
+    native_size=native_size,
+    size_step=size_step,
+    owns_checkpoint=owns_checkpoint,
+)

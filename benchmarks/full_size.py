@@ -62,11 +62,19 @@ def make_weights(out: Path, progress: Progress) -> None:
 
 def _random_call(generator: Any, timestep: float) -> Call:
     import numpy as np
+    import torch
+    from diffusers.models.embeddings import get_timestep_embedding
 
+    waves = get_timestep_embedding(
+        torch.full((2,), timestep),
+        SD15_UNET["block_out_channels"][0],
+        flip_sin_to_cos=True,
+        downscale_freq_shift=0,
+    )
     return Call(
         (
             generator.standard_normal((2, 4, 64, 64), dtype=np.float32),
-            np.full(2, timestep, dtype=np.float32),
+            waves.numpy(),
             generator.standard_normal((2, 77, 768), dtype=np.float32),
         ),
         (),

@@ -145,7 +145,7 @@ class _Stages:
         self._runs = {
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
-            "size": plan.native_size,
+            "size": plan.drawn_size,
             "tools": versions(TORCH),
         }
 

@@ -1,9 +1,8 @@
 """An fp32 graph -> the same graph computed in 16 bits, every type written out (strong typing).
 
 Builders that infer nothing need it. Graph inputs and outputs keep their types, with a Cast behind
-or before them. What is computed from the timestep alone, up to the first product, stays in fp32:
-sine and cosine of a thousand radians need its digits; so do scales that are dequantized themselves,
-whose own scale is too small for fp16. Norms say in their attributes that they sum in fp32.
+or before them. Scales that are dequantized themselves, and what they dequantize, stay in fp32:
+their own scale is too small for fp16. Norms say in their attributes that they sum in fp32.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class _Narrowing:
 
     def run(self) -> None:
         graph = self._graph
-        self._precise = {x for x in graph.inputs if x.dtype == _FLOAT and len(x.shape or ()) == 1}
         wide = [x for x in graph.inputs if x.dtype == _FLOAT]
         nodes = list(graph)
         for node in nodes:

@@ -117,6 +117,8 @@ class Plan:
     jobs: tuple[Job, ...]
     calibration: Calibration
     native_size: int
+    drawn_size: int
+    """The side of the recorded runs: the native one, or the legal one nearest to it."""
     size_step: int
     defaults: dict[str, int | float] = field(default_factory=dict)
 
@@ -182,7 +184,18 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
     calibration = calibration_of(resolved, source.folder, largest, guidance)
-    plan = Plan(resolved, source, known, profile, jobs, calibration, native, step, defaults)
+    plan = Plan(
+        recipe=resolved,
+        source=source,
+        family=known,
+        profile=profile,
+        jobs=jobs,
+        calibration=calibration,
+        native_size=native,
+        drawn_size=ranges.side(step).nearest(native),
+        size_step=step,
+        defaults=defaults,
+    )
     if plan.undecided and resolved.budget is not None:
         job = plan.denoiser
         wanted = parse_budget(resolved.budget, 4 * job.parameters)

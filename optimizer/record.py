@@ -29,9 +29,10 @@ from optimizer.quantize.apply import quantizable_layers
 from optimizer.quantize.covariance import Covariance, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
 from optimizer.sizes import LARGE
-from runners.adapters import ADAPTERS, VaeAdapter, unet_feeds
+from runners.adapters import VaeAdapter
+from runners.denoisers import FEEDS
 from runners.modules import WRAPPERS
-from runners.pipeline import pipeline_of, tokenizer_in
+from runners.pipeline import adapter_of, pipeline_of, tokenizer_in
 
 Embeddings = dict[str, dict[str, Tensor]]
 """Prompt -> what the pipeline takes in its place, by name."""
@@ -52,7 +53,7 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     with _denoiser(plan) as (pipeline, module):
         for prompt in plan.calibration.held_out:
             with _calls(plan, module) as found:
-                latents.append(_denoise(plan, pipeline, embeddings, prompt, plan.native_size))
+                latents.append(_denoise(plan, pipeline, embeddings, prompt, plan.drawn_size))
             calls += found
             progress(len(calls), total)
     _save(calls, out / f"{plan.denoiser.spec.name}.safetensors")
@@ -143,7 +144,7 @@ def trial_calls(plan: Plan, recorded: Path) -> list[Call]:
     """
     kept: list[Call] = []
     embeddings = _embeddings(recorded)
-    side = plan.native_size
+    side = plan.drawn_size
     if plan.denoiser.parameters > LARGE:
         side = max(1, side // 2 // plan.size_step) * plan.size_step
     with _denoiser(plan) as (pipeline, module):
@@ -171,7 +172,7 @@ def _run_all(
     embeddings = _embeddings(recorded)
     done = observed.runs
     for number, prompt in enumerate(prompts[done:], start=done + 1):
-        _denoise(plan, pipeline, embeddings, prompt, plan.native_size)
+        _denoise(plan, pipeline, embeddings, prompt, plan.drawn_size)
         progress(number, len(prompts))
         observed.keep(number)
 
@@ -273,8 +274,8 @@ def _pipeline(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
         "vae": _Undecoded(source.component_config("vae"), encoder=absent, decoder=absent),
     }
     for spec in plan.family.components:
-        if spec.wrapper in ADAPTERS:
-            adapter = ADAPTERS[spec.wrapper]
+        if not spec.role.startswith("vae"):
+            adapter = adapter_of(spec.role, spec.wrapper)
             parts[spec.name] = loaded.get(spec.name) or adapter(
                 source.component_config(spec.folder), absent
             )
@@ -334,10 +335,8 @@ def _calls(plan: Plan, denoiser: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
     def hook(_module: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:
         named = dict(zip(("sample", "timestep"), args, strict=False)) | keywords
-        if job.spec.wrapper == "unet":
-            taken = inspect.signature(unet_feeds).parameters
-            named = unet_feeds(**{name: named[name] for name in taken if name in named})
-        inputs = tuple(named[spec.name] for spec in job.signature.inputs)
+        feeds = FEEDS[job.spec.wrapper](denoiser.config, named)  # type: ignore[arg-type]
+        inputs = tuple(feeds[spec.name] for spec in job.signature.inputs)
         found.append((inputs, (output[0],)))
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)

@@ -110,42 +110,54 @@ class T5Text(nn.Module):
 
 
 class UNet(nn.Module):
-    """sample, timestep [batch], encoder_hidden_states [, text_embeds, time_ids] -> the raw
-    prediction, [batch, channels, height, width]. The last two are SDXL's.
+    """sample, time_features [batch, width], encoder_hidden_states [, text_embeds, size_features
+    [batch, width]] -> the raw prediction, [batch, channels, height, width].
+
+    Features are the sines and cosines of the timestep and of SDXL's sizes.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Wrap a UNet2DConditionModel."""
+        """Wrap a UNet2DConditionModel; it takes features instead of numbers."""
         super().__init__()
+        module.get_time_embed = _given_features  # type: ignore[assignment]
+        if hasattr(module, "add_time_proj"):
+            module.add_time_proj = nn.Identity()
         self.module = module
 
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor,
+        time_features: Tensor,
         encoder_hidden_states: Tensor,
         text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        size_features: Tensor | None = None,
     ) -> tuple[Tensor]:
         """One step's prediction, before guidance."""
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = {"text_embeds": text_embeds, "time_ids": size_features}
         output = self.module(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+            sample,
+            time_features,
+            encoder_hidden_states,
+            added_cond_kwargs=None if text_embeds is None else added,
+            return_dict=False,
         )
         return (output[0],)
 
 
-class Transformer(nn.Module):
-    """hidden_states, encoder_hidden_states, pooled_projections, timestep [batch] [, img_ids,
-    txt_ids [, guidance [batch]]] -> the raw prediction, shaped as hidden_states.
+def _given_features(sample: Tensor, timestep: Tensor) -> Tensor:
+    """In the place of UNet2DConditionModel.get_time_embed."""
+    return timestep.to(sample.dtype)
 
-    SD3 takes the first four, latents as [batch, channels, height, width]; FLUX all, latents in
-    patches [batch, sequence, channels].
+
+class Sd3Transformer(nn.Module):
+    """hidden_states [batch, channels, height, width], encoder_hidden_states, pooled_projections,
+    time_features [batch, width] -> the raw prediction, shaped as hidden_states.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Wrap an SD3Transformer2DModel or a FluxTransformer2DModel."""
+        """Wrap an SD3Transformer2DModel; it takes features instead of timesteps."""
         super().__init__()
+        module.time_text_embed.time_proj = nn.Identity()  # type: ignore[union-attr]
         self.module = module
 
     def forward(
@@ -153,22 +165,69 @@ class Transformer(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor | None = None,
-        txt_ids: Tensor | None = None,
-        guidance: Tensor | None = None,
+        time_features: Tensor,
     ) -> tuple[Tensor]:
-        """One step's prediction."""
-        more = {"img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
+        """One step's prediction, before guidance."""
         output = self.module(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
-            timestep=timestep,
+            timestep=time_features,
             return_dict=False,
-            **{name: value for name, value in more.items() if value is not None},
         )
         return (output[0],)
+
+
+class FluxTransformer(nn.Module):
+    """hidden_states [batch, sequence, channels], encoder_hidden_states, pooled_projections,
+    time_features [batch, width], img_rope [sequence, 2 * width], txt_rope [tokens, 2 * width] [,
+    guidance_features [batch, width]] -> the raw prediction, shaped as hidden_states.
+
+    The tables hold cosines, then sines, of the rotary embedding.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap a FluxTransformer2DModel; it takes features and tables, not numbers and places."""
+        super().__init__()
+        module.time_text_embed.time_proj = _Thousandth()  # type: ignore[union-attr]
+        module.pos_embed = _Halves()
+        self.module = module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        time_features: Tensor,
+        img_rope: Tensor,
+        txt_rope: Tensor,
+        guidance_features: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        """One step's prediction."""
+        output = self.module(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=time_features,
+            img_ids=img_rope,
+            txt_ids=txt_rope,
+            guidance=guidance_features,
+            return_dict=False,
+        )
+        return (output[0],)
+
+
+class _Thousandth(nn.Module):
+    """Undoes the factor that FluxTransformer2DModel gives what it takes for a timestep."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features / 1000
+
+
+class _Halves(nn.Module):
+    def forward(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, sines = table.chunk(2, dim=-1)
+        return cosines, sines
 
 
 class VaeDecoder(nn.Module):
@@ -211,7 +270,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clip_hidden": ClipHidden,
     "t5_text": T5Text,
     "unet": UNet,
-    "transformer": Transformer,
+    "sd3_transformer": Sd3Transformer,
+    "flux_transformer": FluxTransformer,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
 }

@@ -16,14 +16,23 @@ import torch
 import transformers
 
 from profiles.errors import BundleError, SpecError
-from runners.adapters import ADAPTERS, VaeAdapter
+from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle, open_bundle
+from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
 from runners.manifest import ComponentEntry
 from runners.selftest import require_selftest
 
-__all__ = ["TASKS", "LoadedBundle", "load", "open_engine", "pipeline_of", "tokenizer_in"]
+__all__ = [
+    "TASKS",
+    "LoadedBundle",
+    "adapter_of",
+    "load",
+    "open_engine",
+    "pipeline_of",
+    "tokenizer_in",
+]
 
 TASKS: dict[str, dict[str, str]] = {
     "FluxPipeline": {
@@ -131,15 +140,20 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
             with bundle.folder(name) as folder:
                 parts[name] = tokenizer_in(folder)
     for entry in bundle.manifest.components:
-        if entry.wrapper in ADAPTERS:
-            config = bundle.json(entry.config)
-            parts[entry.name] = ADAPTERS[entry.wrapper](config, partial(loaded.engine, entry.name))
+        if not entry.role.startswith("vae"):
+            config, engine = bundle.json(entry.config), partial(loaded.engine, entry.name)
+            parts[entry.name] = adapter_of(entry.role, entry.wrapper)(config, engine)
     parts["vae"] = VaeAdapter(
         bundle.json(bundle.manifest.component("vae_decoder").config),
         encoder=partial(loaded.engine, "vae_encoder"),
         decoder=partial(loaded.engine, "vae_decoder"),
     )
     return pipeline_of(cls, parts, bundle.manifest.model.settings)
+
+
+def adapter_of(role: str, wrapper: str) -> Any:
+    """What stands for a text encoder or denoiser of this wrapper."""
+    return DENOISERS[wrapper] if role == "denoiser" else TextEncoderAdapter
 
 
 def pipeline_of(cls: Any, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:

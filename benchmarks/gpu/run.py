@@ -96,8 +96,6 @@ def _feeds(entry: ComponentEntry, device: str) -> dict[str, torch.Tensor]:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
         if spec.dtype == "int64":
             tensor = torch.randint(0, 70, shape, generator=generator)
-        elif spec.name == "timestep":
-            tensor = torch.full(shape, 501.0)
         else:
             tensor = torch.randn(shape, generator=generator)
         found[spec.name] = tensor.to(device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runners.signature import Signature
+from runners.signature import Dim, Signature
 
 __all__ = ["ComponentSpec", "Family", "Ranges", "Role"]
 
@@ -21,6 +21,12 @@ class Ranges:
     size_opt: int
     size_max: int
     batch_max: int
+
+    def side(self, step: int) -> Dim:
+        """A side in pixels, in steps of so many."""
+        return Dim(
+            name="side", min=self.size_min, opt=self.size_opt, max=self.size_max, multiple_of=step
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import (
     VAE,
+    WAVES,
     Configs,
     batch,
     clip_signature,
@@ -42,15 +43,18 @@ def size_step(configs: Configs) -> int:
 def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     """The signatures of all components.
 
-    `hidden_states`: [batch, sequence, channels], a patch of latents each; `img_ids`: [sequence, 3],
-    where they are; `txt_ids`: [tokens, 3]; `guidance`: [batch], of distilled models.
+    `hidden_states`: [batch, sequence, channels], a patch of latents each; `img_rope`: [sequence,
+    2 * width], cosines and sines of where it is; `txt_rope`: [tokens, 2 * width];
+    `guidance_features`: [batch, width], of distilled models.
     """
     transformer, step = configs["transformer"], size_step(configs)
-    channels = int(transformer["in_channels"])
+    channels, rope = int(transformer["in_channels"]), 2 * sum(transformer["axes_dims_rope"])
     low, best, high = (
         (n // step) ** 2 for n in (ranges.size_min, ranges.size_opt, ranges.size_max)
     )
-    guidance = (floats("guidance", "batch"),) if transformer["guidance_embeds"] else ()
+    guidance = (
+        (floats("guidance_features", "batch", WAVES),) if transformer["guidance_embeds"] else ()
+    )
     return {
         "text_encoder": clip_signature(configs["text_encoder"], ranges, hidden_first=True),
         "text_encoder_2": t5_signature(configs["text_encoder_2"], ranges, _TOKENS),
@@ -64,9 +68,9 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
                     int(transformer["joint_attention_dim"]),
                 ),
                 floats("pooled_projections", "batch", int(transformer["pooled_projection_dim"])),
-                floats("timestep", "batch"),
-                floats("img_ids", "sequence", 3),
-                floats("txt_ids", "tokens", 3),
+                floats("time_features", "batch", WAVES),
+                floats("img_rope", "sequence", rope),
+                floats("txt_rope", "tokens", rope),
                 *guidance,
             ),
             outputs=(
@@ -99,7 +103,7 @@ FLUX = Family(
             "transformer",
             "denoiser",
             "transformer",
-            "transformer",
+            "flux_transformer",
             fragile=(
                 "x_embedder",
                 "context_embedder",

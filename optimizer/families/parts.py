@@ -11,6 +11,7 @@ from runners.signature import Dim, Signature, TensorSpec
 
 __all__ = [
     "VAE",
+    "WAVES",
     "Configs",
     "batch",
     "clip_signature",
@@ -33,6 +34,9 @@ VAE = (
     ComponentSpec("vae_encoder", "vae_encoder", "vae", "vae_encoder", ("encoder.", "quant_conv.")),
 )
 """An AutoencoderKL in halves."""
+
+WAVES = 256
+"""Sines and cosines of a timestep, of diffusers' CombinedTimestepTextProjEmbeddings."""
 
 _LONGEST = 3
 """Prompts of so many times a CLIP's tokens fit into a denoiser."""

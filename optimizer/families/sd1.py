@@ -49,8 +49,9 @@ def size_step(configs: Configs) -> int:
 def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     """The signatures of all components.
 
-    `sample`: [batch, channels, height/f, width/f]; `timestep`: [batch]; `encoder_hidden_states`:
-    [batch, tokens, width].
+    `sample`: [batch, channels, height/f, width/f]; `time_features`: [batch, width],
+    sines and cosines; `encoder_hidden_states`: [batch, tokens,
+    width].
     """
     text, unet, step = configs["text_encoder"], configs["unet"], size_step(configs)
     return {
@@ -58,7 +59,7 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
         "unet": Signature(
             inputs=(
                 floats("sample", "batch", int(unet["in_channels"]), "height", "width"),
-                floats("timestep", "batch"),
+                floats("time_features", "batch", int(unet["block_out_channels"][0])),
                 floats(
                     "encoder_hidden_states", "batch", "tokens", int(unet["cross_attention_dim"])
                 ),

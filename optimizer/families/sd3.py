@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import (
     VAE,
+    WAVES,
     Configs,
     clip_signature,
     floats,
@@ -61,7 +62,7 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
                     int(transformer["joint_attention_dim"]),
                 ),
                 floats("pooled_projections", "batch", int(transformer["pooled_projection_dim"])),
-                floats("timestep", "batch"),
+                floats("time_features", "batch", WAVES),
             ),
             outputs=(floats("out", "batch", int(transformer["out_channels"]), "height", "width"),),
             dims=(guided_batch(ranges), *sides(ranges, step, vae_factor(configs)), tokens),
@@ -93,7 +94,7 @@ SD3 = Family(
             "transformer",
             "denoiser",
             "transformer",
-            "transformer",
+            "sd3_transformer",
             fragile=(
                 "pos_embed.proj",
                 "proj_out",

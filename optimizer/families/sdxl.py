@@ -28,23 +28,24 @@ __all__ = ["SDXL"]
 def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     """The signatures of all components.
 
-    `sample`: [batch, channels, height/f, width/f]; `timestep`: [batch]; `encoder_hidden_states`:
-    [batch, tokens, width]; `text_embeds`: [batch, projection]; `time_ids`: [batch, numbers].
+    `sample`: [batch, channels, height/f, width/f]; `time_features`: [batch, width],
+    sines and cosines; `encoder_hidden_states`: [batch, tokens,
+    width]; `text_embeds`: [batch, projection]; `size_features`: [batch, width].
     """
     first, second, unet = configs["text_encoder"], configs["text_encoder_2"], configs["unet"]
     step, width = size_step(configs), int(unet["cross_attention_dim"])
     projection = int(second["projection_dim"])
-    numbers = int(unet["projection_class_embeddings_input_dim"]) - projection
+    sizes = int(unet["projection_class_embeddings_input_dim"]) - projection
     return {
         "text_encoder": clip_signature(first, ranges, hidden_first=True),
         "text_encoder_2": clip_signature(second, ranges, hidden_first=True),
         "unet": Signature(
             inputs=(
                 floats("sample", "batch", int(unet["in_channels"]), "height", "width"),
-                floats("timestep", "batch"),
+                floats("time_features", "batch", int(unet["block_out_channels"][0])),
                 floats("encoder_hidden_states", "batch", "tokens", width),
                 floats("text_embeds", "batch", projection),
-                floats("time_ids", "batch", numbers // int(unet["addition_time_embed_dim"])),
+                floats("size_features", "batch", sizes),
             ),
             outputs=(floats("out_sample", "batch", int(unet["out_channels"]), "height", "width"),),
             dims=(

@@ -45,7 +45,7 @@ def feeds(entry: ComponentEntry, size: dict[str, int], *, seed: int = 0) -> dict
         shape = tuple(size[axis] if isinstance(axis, str) else axis for axis in spec.axes)
         if spec.dtype == "int64":
             found[spec.name] = rng.integers(0, 70, shape)
-        elif spec.name == "timestep":
+        elif spec.name == "time_features":
             found[spec.name] = np.full(shape, 501, np.float32)
         else:
             found[spec.name] = rng.standard_normal(shape, np.float32)
@@ -152,7 +152,10 @@ def test_feeds_are_checked_before_they_reach_the_library(opened: Opened, backend
         ({**given, "sample": sample.astype(np.float64)}, "sample must be float32, and is float64"),
         ({**given, "sample": sample[0]}, "sample has 3 axes, and the engine takes 4"),
         ({**given, "sample": sample[:, :3]}, "sample needs 4 where it has 3"),
-        ({name: given[name] for name in ("sample", "timestep")}, "and got ['sample', 'timestep']"),
+        (
+            {name: given[name] for name in ("sample", "time_features")},
+            "and got ['sample', 'time_features']",
+        ),
         ({**given, "sample": sample[..., :-1]}, "width 15, and the engine was compiled for"),
         ({**given, "sample": sample[..., :-1]}, "use 16, or compile with a wider range"),
         (

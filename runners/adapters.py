@@ -69,6 +69,8 @@ class TextEncoderAdapter(_Adapter):
         """Take the text encoder's config and a function that opens its engine once."""
         super().__init__(CLIPTextConfig.from_dict(config))
         self._engine = engine
+        # diffusers 0.42's clip_skip norms the state that it takes; the engine's are normed already
+        self.text_model = nn.ModuleDict({"final_layer_norm": nn.Identity()})
 
     def forward(
         self,
@@ -83,10 +85,18 @@ class TextEncoderAdapter(_Adapter):
         """
         if attention_mask is not None:
             raise UnsupportedError("The text encoder's engine takes no attention mask.")
+        last, pooled, *others = _run(self._engine(), input_ids=input_ids)
+        states = None
         if output_hidden_states:
-            raise UnsupportedError("The text encoder's engine gives the last hidden state only.")
-        hidden, pooled = _run(self._engine(), input_ids=input_ids)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+            if not others:
+                raise UnsupportedError(
+                    "The text encoder's engine gives the last hidden state only: compile the model "
+                    "again with this version of kiln."
+                )
+            states = others[0].unbind(1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states
+        )
 
 
 class DenoiserAdapter(_Adapter):

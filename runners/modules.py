@@ -48,20 +48,26 @@ def component_from_config(config: Mapping[str, Any]) -> nn.Module:
 
 
 class TextEncoder(nn.Module):
-    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width], pooler_output."""
+    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width], pooler_output, and
+    hidden_states [batch, layers + 1, tokens, width]: the embeddings and every layer's output, each
+    after the final LayerNorm, as diffusers' clip_skip wants them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Wrap a CLIPTextModel."""
         super().__init__()
         self.module = module
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode padded prompts; the positions are explicit, as batched exports need them."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         output = self.module(
-            input_ids=input_ids, position_ids=positions.expand(input_ids.shape[0], -1)
+            input_ids=input_ids,
+            position_ids=positions.expand(input_ids.shape[0], -1),
+            output_hidden_states=True,
         )
-        return output.last_hidden_state, output.pooler_output
+        states = self.module.final_layer_norm(torch.stack(output.hidden_states, dim=1))  # type: ignore[operator]
+        return output.last_hidden_state, output.pooler_output, states
 
 
 class Denoiser(nn.Module):

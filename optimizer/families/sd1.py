@@ -49,11 +49,13 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
 
 def _text_encoder(config: Mapping[str, Any], ranges: Ranges) -> Signature:
     tokens, width = int(config["max_position_embeddings"]), int(config["hidden_size"])
+    states = int(config["num_hidden_layers"]) + 1
     return Signature(
         inputs=(TensorSpec(name="input_ids", dtype="int64", axes=("batch", tokens)),),
         outputs=(
             _float("last_hidden_state", "batch", tokens, width),
             _float("pooler_output", "batch", width),
+            _float("hidden_states", "batch", states, tokens, width),
         ),
         dims=(_batch(ranges),),
     )

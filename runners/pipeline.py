@@ -27,6 +27,7 @@ TASKS: dict[str, dict[str, str]] = {
     "StableDiffusionPipeline": {
         "text-to-image": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
     },
 }
 """The manifest's pipeline class -> task -> diffusers' class of that task."""

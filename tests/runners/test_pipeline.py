@@ -17,10 +17,11 @@ from profiles.errors import SpecError, UnsupportedError
 from runners.adapters import TextEncoderAdapter
 from runners.bundle import open_bundle
 from runners.engines.base import Engine
-from runners.generate import Request, pictures
 from runners.pipeline import TASKS
+from runners.requests import Request
 from runners.schedulers import SCHEDULERS, with_scheduler
 from runners.signature import Signature
+from runners.workflows import pictures
 from tests.conftest import HERE
 
 pytestmark = pytest.mark.filterwarnings(
@@ -245,8 +246,8 @@ def test_an_unknown_scheduler_or_task_names_the_known_ones(
     with pytest.raises(SpecError) as caught:
         with_scheduler(loaded("openvino"), "euler-a")
     assert str(caught.value).startswith("--scheduler euler-a is not known: use one of ddim, ")
-    with pytest.raises(SpecError, match="use one of text-to-image, img2img"):
-        runners.load(bundle("openvino"), task="inpaint")
+    with pytest.raises(SpecError, match="use one of text-to-image, img2img, inpaint"):
+        runners.load(bundle("openvino"), task="upscale")
 
 
 def test_a_size_that_no_engine_was_compiled_for_names_the_nearest(

@@ -20,7 +20,7 @@ MOST_PIXELS = 89_478_485
 """Pillow's own limit (a quarter of a GiB of RGB), beyond which it speaks of decompression bombs."""
 
 _MOST_BYTES = 1 << 30
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 """What Pillow decodes by itself: never EPS, for which it starts another program."""
 
 _MASKED_FROM = 128

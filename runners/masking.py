@@ -39,25 +39,33 @@ def grown_to_cells(mask: Image.Image, cell: int) -> Image.Image:
 
 
 def without_seam(drawn: Image.Image, canvas: Image.Image, mask: Image.Image) -> Image.Image:
-    """A drawn canvas whose repainted part meets the colours of what stays around it.
+    """A drawn canvas whose repainted part has the colours of what stays around it.
 
-    Even where nothing is repainted, a VAE gives colours back a little changed. That error, averaged
-    over the kept pixels around a repainted one, is subtracted from it, less so the farther it is
-    from the seam. `mask` is white where it was repainted.
+    Decoding changes the colours of everything a little, also of what stays, where it can be seen by
+    how much: that error, averaged over what stays around a repainted pixel, is taken from it.
+    `mask` is white where the canvas is repainted.
     """
     kept = np.asarray(mask)[:, :, None] == 0
     picture = np.asarray(drawn, dtype=np.float32)
-    error = (np.asarray(canvas, dtype=np.float32) - picture) * kept
-    radius = max(_LEAST_RADIUS, min(drawn.size) // _SIDE_PER_RADIUS)
-    near = _box_mean(kept.astype(np.float32), radius)
-    correction = _box_mean(error, radius) / np.maximum(near, 1e-9)
-    weight = np.minimum(1.0, 2.0 * near) * ~kept  # half of a box over a straight seam is kept
-    return Image.fromarray(np.round(picture + weight * correction).clip(0, 255).astype(np.uint8))
+    error = np.asarray(canvas, dtype=np.float32) - picture
+    largest = np.abs(error).max(axis=2, keepdims=True)
+    trust = (kept * np.exp(-((largest / _LARGEST_ERROR) ** 2))).astype(np.float32)
+    radius = max(1, min(drawn.size) // _SIDES_PER_RADIUS)
+    everywhere = (error * trust).mean(axis=(0, 1)) / max(float(trust.mean()), 1e-6)
+    share = _box_mean(trust, radius) + _EVERYWHERE
+    around = (_box_mean(error * trust, radius) + _EVERYWHERE * everywhere) / share
+    corrected = picture + around * ~kept
+    return Image.fromarray(np.round(corrected).clip(0, 255).astype(np.uint8))
 
 
-_LEAST_RADIUS = 4
-_SIDE_PER_RADIUS = 32
-"""16 pixels of 512: two cells of an 8x VAE, whose errors are a cell wide."""
+_LARGEST_ERROR = 32.0
+"""In 255: a VAE's errors in even areas were 3 to 15; larger ones are edges, redrawn elsewhere."""
+
+_SIDES_PER_RADIUS = 4
+"""Wide, because the error is smooth: a VAE's group norms couple the whole picture."""
+
+_EVERYWHERE = 0.02
+"""The weight, against all pixels around, of the mean over the canvas: it decides far from the seam."""
 
 
 def _box_mean(array: Array, radius: int) -> Array:

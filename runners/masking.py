@@ -65,7 +65,7 @@ _SIDES_PER_RADIUS = 4
 """Wide, because the error is smooth: a VAE's group norms couple the whole picture."""
 
 _EVERYWHERE = 0.02
-"""The weight, against all pixels around, of the mean over the canvas: it decides far from the seam."""
+"""The weight of the mean over the whole canvas: it decides where nothing around stays."""
 
 
 def _box_mean(array: Array, radius: int) -> Array:

@@ -46,7 +46,7 @@ def test_text_without_weights_comes_back_with_its_escapes_resolved() -> None:
 
 @pytest.mark.parametrize("prompt", ["(a:11)", "(a:-10.5)", "(" * 30 + "a" + ")" * 30])
 def test_a_weight_that_loses_every_picture_is_refused(prompt: str) -> None:
-    with pytest.raises(SpecError, match='gives "a" the weight .*: use -10 to 10'):
+    with pytest.raises(SpecError, match=r'gives "a" the weight .*: use -10 to 10'):
         weighted(prompt)
 
 

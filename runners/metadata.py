@@ -20,6 +20,8 @@ def parameters_text(facts: dict[str, Any]) -> str:
         "CFG scale": facts["guidance"],
         "Seed": facts["seed"],
         "Size": f"{facts['width']}x{facts['height']}",
+        "Denoising strength": facts.get("strength"),
+        "Clip skip": facts.get("clip_skip"),
         "Model hash": facts["model_digest"][:10],
         "Model": facts["model"],
         "Version": f"kiln {facts['kiln']}",
@@ -27,7 +29,8 @@ def parameters_text(facts: dict[str, Any]) -> str:
     lines = [facts["prompt"]]
     if facts["negative_prompt"]:
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
+    given = {name: value for name, value in settings.items() if value is not None}
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in given.items()))
     return "\n".join(lines)
 
 

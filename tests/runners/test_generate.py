@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -103,6 +104,61 @@ def test_where_the_native_size_was_not_compiled_the_nearest_is_drawn(
     assert read_metadata(out)["width"] == 128
 
 
+def test_an_edited_picture_says_how_to_make_it_again(
+    draw: Kiln, kiln: Kiln, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.effect_mandelbrot((40, 50), (-2, -1, 1, 1), 50).convert("RGB").save(start)
+    Image.new("L", (80, 100), 255).save(mask)
+    options = ("--image", start, "--mask", mask, "--outpaint", "8,0,0,6", "--strength", "0.9")
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    ended = draw(*options, "--clip-skip", "2", "--seed", "7", "--json", "-o", first)
+    assert ended.code == 0, ended.err
+    assert "mask.png (80x100) is scaled to start.png's 40x50." in ended.err
+    facts = read_metadata(first)
+    manifest = json.loads(kiln("inspect", bundle("openvino"), "--json").out)
+    assert facts == {
+        "prompt": "a red circle",
+        "negative_prompt": "",
+        "steps": 2,
+        "guidance": 7.5,
+        "seed": 7,
+        "width": 48,
+        "height": 56,
+        "scheduler": "DDIMScheduler",
+        "strength": 0.9,
+        "clip_skip": 2,
+        "image": "start.png",
+        "image_sha256": hashlib.sha256(start.read_bytes()).hexdigest(),
+        "mask": "mask.png",
+        "mask_sha256": hashlib.sha256(mask.read_bytes()).hexdigest(),
+        "outpaint": [8, 0, 0, 6],
+        "canvas": [48, 56],
+        "model": "tiny",
+        "model_digest": manifest["model"]["digest"],
+        "bundle": manifest["key"],
+        "kiln": manifest["kiln"],
+    }
+    document = json.loads(ended.out)
+    assert document["images"] == [{"file": str(first), "seed": 7}]
+    assert {**document, "seed": 7}.items() >= facts.items()
+    with Image.open(first) as image:
+        assert image.size == (48, 56)
+        assert "Denoising strength: 0.9, Clip skip: 2" in image.info["parameters"]
+    again = draw(*options, "--clip-skip", "2", "--seed", facts["seed"], "-o", second)
+    assert again.code == 0
+    assert pixels(second) == pixels(first)
+
+
+def test_a_prompt_that_is_cut_is_said_and_recorded(draw: Kiln, tmp_path: Path) -> None:
+    ended = draw("-o", tmp_path / "a.png", prompt="a" * 30 + " over")
+    assert ended.code == 0
+    assert 'Warning: the prompt is longer than the 30 tokens that the bundle takes; "over"' in (
+        ended.err
+    )
+    assert read_metadata(tmp_path / "a.png")["prompt_dropped"] == "over"
+
+
 WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "steps": (("--steps", "-3"), "--steps -3 is not possible: use 1 or more."),
     "no-steps": (("--steps", "0"), "--steps 0 is not possible: use 1 or more."),
@@ -134,6 +190,21 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "scheduler": (("--scheduler", "dpm"), "--scheduler dpm is not known: use one of ddim, ddpm, "),
     "threads": (("--threads", "0"), "--threads 0 is not possible: use 1 or more."),
     "negative-threads": (("--threads", "-1"), "--threads -1 is not possible: use 1 or more."),
+    "clip-skip": (("--clip-skip", "0"), "--clip-skip 0 is not possible: use 1 or more."),
+    "deep-clip-skip": (("--clip-skip", "9"), "the text encoder's 2 layers: use 1 to 2."),
+    "strength": (("--strength", "1.5"), "--strength 1.5 is not possible: use 0 to 1."),
+    "nan-strength": (("--strength", "nan"), "--strength nan is not possible: use 0 to 1."),
+    "lone-strength": (
+        ("--strength", "0.5"),
+        "--strength changes a picture: give that with --image FILE.",
+    ),
+    "lone-mask": (("--mask", "m.png"), "--mask changes a picture: give that with --image FILE."),
+    "lone-outpaint": (
+        ("--outpaint", "1,1,1,1"),
+        "--outpaint changes a picture: give that with --image FILE.",
+    ),
+    "weight": (("--negative", "(a:99)"), 'The prompt gives "a" the weight 99: use -10 to 10.'),
+    "bytes": (("--negative", "a\udcff"), "--negative holds bytes that are no UTF-8 text at "),
 }
 
 
@@ -148,6 +219,57 @@ def test_a_wrong_request_ends_with_2_and_says_what_is_possible(
     assert ended.sentence.startswith("Error: ")
     assert ended.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+IMAGE_WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "absent": (("--image", "none.png"), "none.png can't be read (No such file or directory)"),
+    "folder": (("--image", "."), "is not a file: give a picture."),
+    "text": (("--image", "text.png"), "is not a picture that can be read (of no known format)"),
+    "bomb": (("--image", "bomb.png"), "bomb.png has more than 89 million pixels: scale it down."),
+    "other-shape": (
+        ("--mask", "wide.png"),
+        "--mask wide.png is 80x40 and --image start.png is 40x50, of another shape: make the mask "
+        "as large as the picture.",
+    ),
+    "dark": (
+        ("--mask", "start.png"),
+        "start.png is dark everywhere, so nothing would be repainted",
+    ),
+    "no-mask": (("--mask", "text.png"), "text.png is not a picture that can be read"),
+    "three-sides": (
+        ("--outpaint", "1,2,3"),
+        "--outpaint 1,2,3 is not four numbers of pixels: write it as left,top,right,bottom, such "
+        "as 0,0,128,0.",
+    ),
+    "inwards": (("--outpaint", "1,2,3,-4"), "--outpaint 1,2,3,-4 is not four numbers of pixels"),
+    "halves": (("--outpaint", "1,2,3,4.5"), "--outpaint 1,2,3,4.5 is not four numbers of pixels"),
+    "nothing": (("--outpaint", "0,0,0,0"), "--outpaint 0,0,0,0 adds nothing: make one of the four"),
+    "endless": (
+        ("--outpaint", "0,0,999999,999999"),
+        "makes 1000039x1000049, more than 89 million pixels: add less.",
+    ),
+    "size": (("--size", "60x60"), "in steps of 8): use 64x64."),
+    "no-step": (("--strength", "0.4"), "--strength 0.4 of 2 steps runs none, so nothing would"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGE_WRONG)
+def test_a_wrong_edit_ends_with_2_and_says_what_is_possible(
+    draw: Kiln, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 50)).save("start.png")
+    Image.new("L", (80, 40), 255).save("wide.png")
+    Image.new("1", (20_000, 10_000)).save("bomb.png")
+    Path("text.png").write_text("no picture")
+    arguments, sentence = IMAGE_WRONG[case]
+    ended = draw("--image", "start.png", *arguments, "-o", "a.png")
+    assert ended.code == 2
+    assert sentence in ended.sentence
+    assert ended.sentence.startswith("Error: ")
+    assert ended.out == ""
+    assert not Path("a.png").exists()
+    assert ("Load" in ended.err) == (case == "no-step"), "files are read before the bundle is"
 
 
 def test_a_file_that_cannot_be_written_is_found_before_any_work(draw: Kiln, tmp_path: Path) -> None:

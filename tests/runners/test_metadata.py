@@ -72,6 +72,13 @@ def test_a1111_reads_the_parameters_back(change: dict[str, Any]) -> None:
     assert found["Version"] == "kiln 0.1.0"
 
 
+def test_what_a1111_has_a_word_for_is_in_its_text() -> None:
+    assert not {"Denoising strength", "Clip skip"} & set(parsed(parameters_text(FACTS)))
+    found = parsed(parameters_text({**FACTS, "strength": 0.6, "clip_skip": 2, "mask": "m.png"}))
+    assert (found["Denoising strength"], found["Clip skip"]) == ("0.6", "2")
+    assert found["Version"] == "kiln 0.1.0"
+
+
 def test_a_picture_carries_both_chunks_and_its_pixels(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     image = Image.new("RGB", (8, 8), (1, 2, 3))

@@ -14,9 +14,14 @@ from PIL import Image
 
 import runners
 from profiles.errors import SpecError, UnsupportedError
-from runners.generate import Request, pictures
+from runners.adapters import TextEncoderAdapter
+from runners.bundle import open_bundle
+from runners.engines.base import Engine
 from runners.pipeline import TASKS
+from runners.requests import Request
 from runners.schedulers import SCHEDULERS, with_scheduler
+from runners.signature import Signature
+from runners.workflows import pictures
 from tests.conftest import HERE
 
 pytestmark = pytest.mark.filterwarnings(
@@ -145,12 +150,58 @@ def test_what_an_engine_has_no_input_for_is_refused(loaded: Callable[..., Any]) 
     sample, states = torch.zeros(1, 4, 16, 16), torch.zeros(1, 32, 32)
     with pytest.raises(UnsupportedError, match="no input for timestep_cond"):
         pipeline.unet(sample, 1, states, timestep_cond=torch.zeros(1))
-    with pytest.raises(UnsupportedError, match="last hidden state only"):
-        pipeline.text_encoder(torch.zeros(1, 32, dtype=torch.int64), output_hidden_states=True)
     with pytest.raises(UnsupportedError, match="no attention mask"):
         pipeline.text_encoder(
             torch.zeros(1, 32, dtype=torch.int64), attention_mask=torch.ones(1, 32)
         )
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_clip_skip_takes_an_earlier_layers_normed_state(
+    loaded: Callable[..., Any], plain: Any, backend: str
+) -> None:
+    """transformers 5.23 has no `text_model` in CLIPTextModel, so diffusers' own fails in eager."""
+    pipeline, encoder = loaded(backend), plain.text_encoder
+    ids = pipeline.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        every = encoder(ids, output_hidden_states=True).hidden_states
+        wanted = [encoder.final_layer_norm(state) for state in every]
+    given = pipeline.text_encoder(ids, output_hidden_states=True)
+    assert len(given.hidden_states) == len(wanted) == 3
+    assert not torch.allclose(wanted[1], wanted[2], atol=0.1)
+    for ours, theirs in zip(given.hidden_states, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    skipped = pipeline.encode_prompt(PROMPT, "cpu", 1, False, clip_skip=1)[0]
+    torch.testing.assert_close(skipped, given.hidden_states[-2])
+
+
+def test_an_engine_without_hidden_states_says_how_to_get_them(bundle: MakeBundle) -> None:
+    opened = open_bundle(bundle("openvino"))
+    entry = opened.manifest.component("text_encoder")
+    kept = entry.signature.outputs[:2]
+    engine = _Silent(entry.signature.model_copy(update={"outputs": kept}))
+    adapter = TextEncoderAdapter(opened.json(entry.config), lambda: engine)
+    ids = torch.zeros(1, 32, dtype=torch.int64)
+    with engine:
+        assert adapter(ids).hidden_states is None
+        with pytest.raises(UnsupportedError, match="last hidden state only: compile the model"):
+            adapter(ids, output_hidden_states=True)
+
+
+class _Silent(Engine):
+    """Gives zeros of [1, 1] for every output."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__({}, signature=signature, properties={}, threads=1)
+
+    def _open(self) -> None:
+        pass
+
+    def _run(self, feeds: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {spec.name: np.zeros((1, 1), np.float32) for spec in self.signature.outputs}
+
+    def _close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -195,8 +246,8 @@ def test_an_unknown_scheduler_or_task_names_the_known_ones(
     with pytest.raises(SpecError) as caught:
         with_scheduler(loaded("openvino"), "euler-a")
     assert str(caught.value).startswith("--scheduler euler-a is not known: use one of ddim, ")
-    with pytest.raises(SpecError, match="use one of text-to-image, img2img"):
-        runners.load(bundle("openvino"), task="inpaint")
+    with pytest.raises(SpecError, match="use one of text-to-image, img2img, inpaint"):
+        runners.load(bundle("openvino"), task="upscale")
 
 
 def test_a_size_that_no_engine_was_compiled_for_names_the_nearest(

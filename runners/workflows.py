@@ -1,0 +1,125 @@
+"""A request drawn with a pipeline of `runners.load`: text to image, image to image, repainting."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from profiles.errors import SpecError
+from runners.drawing import Drawing, drawing_of
+from runners.requests import Request
+
+__all__ = ["pictures"]
+
+OnStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""diffusers' callback_on_step_end."""
+
+
+def pictures(
+    pipeline: Any,
+    request: Request,
+    *,
+    drawing: Drawing | None = None,
+    on_step: OnStep | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Draw the request: (PIL image, its facts), one by one.
+
+    `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` where that was
+    called already; `say` gets a sentence for whatever is fitted or cut. The noise of every picture
+    is drawn on the CPU from its own seed, so a seed means the same picture in any batch and on any
+    machine. Raises SpecError for what can't be drawn, with the nearest that can.
+    """
+    from runners.prompting import prompts_of
+
+    if request.scheduler is not None:
+        from runners.schedulers import with_scheduler
+
+        with_scheduler(pipeline, request.scheduler)
+    drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
+    settings = _settings(pipeline, request)
+    prompts = prompts_of(
+        pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
+    )
+    for note in (*drawing.notes, *prompts.notes):
+        if say is not None:
+            say(note)
+    cell = pipeline.vae_scale_factor
+    seed = request.seed if request.seed >= 0 else secrets.randbelow(2**32)
+    for first in range(0, request.count, request.batch):
+        seeds = [seed + i for i in range(first, min(first + request.batch, request.count))]
+        drawn = pipeline(
+            **prompts.arguments(len(seeds)),
+            **drawing.arguments(len(seeds), cell=cell),
+            **settings,
+            generator=_generators(seeds),
+            callback_on_step_end=on_step,
+        ).images
+        facts = {**_facts(pipeline, request, settings), **drawing.facts, **prompts.facts}
+        for image, own in zip(drawn, seeds, strict=True):
+            result = drawing.finished(image, cell=cell)
+            yield result, {**facts, "width": result.width, "height": result.height, "seed": own}
+
+
+def _generators(seeds: list[int]) -> list[Any]:
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def _settings(pipeline: Any, request: Request) -> dict[str, Any]:
+    """Steps, guidance and strength as the request, the model or the pipeline's class has them."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    defaults = pipeline.kiln.manifest.defaults
+    wanted = {
+        "num_inference_steps": request.steps or defaults.get("steps"),
+        "guidance_scale": (
+            request.guidance if request.guidance is not None else defaults.get("guidance")
+        ),
+        "strength": request.strength,
+    }
+    settings = {
+        name: parameters[name].default if value is None else value
+        for name, value in wanted.items()
+        if name in parameters
+    }
+    if "strength" in settings:
+        _check_steps_left(int(settings["num_inference_steps"]), settings["strength"])
+    return settings
+
+
+def _check_steps_left(steps: int, strength: float) -> None:
+    """diffusers runs int(steps * strength) of them; SpecError where that is none."""
+    if int(steps * strength) >= 1:
+        return
+    least = math.ceil(100 / steps) / 100
+    if int(steps * least) < 1:
+        least += 0.01
+    raise SpecError(
+        f"--strength {strength:g} of {steps} steps runs none, so nothing would change: use "
+        f"--strength {least:.2f} or more, or more --steps."
+    )
+
+
+def _facts(pipeline: Any, request: Request, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that the picture depends on, except its seed and the drawing's files."""
+    manifest = pipeline.kiln.manifest
+    facts = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "steps": settings["num_inference_steps"],
+        "guidance": settings.get("guidance_scale"),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "model": manifest.model.name,
+        "model_digest": manifest.model.digest,
+        "bundle": manifest.key,
+        "kiln": manifest.kiln,
+    }
+    if "strength" in settings:
+        facts["strength"] = settings["strength"]
+    if request.clip_skip is not None:
+        facts["clip_skip"] = request.clip_skip
+    return facts

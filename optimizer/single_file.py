@@ -16,7 +16,10 @@ from profiles.errors import SpecError, UnsupportedError
 __all__ = ["CONVERTERS", "convert"]
 
 CONVERTERS: dict[str, str] = {
+    "flux": "optimizer.families.flux_checkpoint:convert",
     "sd1": "optimizer.families.sd1_checkpoint:convert",
+    "sd3": "optimizer.families.sd3_checkpoint:convert",
+    "sdxl": "optimizer.families.sdxl_checkpoint:convert",
 }
 """Family -> function(checkpoint: Path, folder: Path) that writes a diffusers folder."""
 

@@ -20,6 +20,10 @@ __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 _CLASSES = {
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "FluxTransformer2DModel": "diffusers",
+    "SD3Transformer2DModel": "diffusers",
+    "T5EncoderModel": "transformers",
     "UNet2DConditionModel": "diffusers",
 }
 """The classes that a config may name: a config is data from outside and never picks freely."""

@@ -1,0 +1,60 @@
+"""Names that CompVis' latent-diffusion gave and later families kept: denoisers, UNets, VAEs.
+
+UNets and VAEs are renamed by diffusers' own converters.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from optimizer.families.base_checkpoint import Config, Part, Shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Weights = dict[str, Tensor]
+
+__all__ = ["DENOISER", "UNET", "VAE", "bare_shapes", "count_blocks"]
+
+DENOISER = "model.diffusion_model."
+"""What a denoiser's names begin with."""
+
+
+def bare_shapes(shapes: Shapes, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a transformer whose own names begin with `names`, with or without DENOISER."""
+    bare = {name.removeprefix(DENOISER): shape for name, shape in shapes.items()}
+    return {name: shape for name, shape in bare.items() if name.startswith(names)}
+
+
+def count_blocks(shapes: Shapes, stem: str) -> int:
+    """How many blocks `stem`.0, `stem`.1, ... there are, gaps counted too."""
+    matches = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
+    return 1 + max(int(match[1]) for match in matches if match)
+
+
+def _unet_weights(weights: Weights, config: Config) -> Weights:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return _there(convert_ldm_unet_checkpoint(weights, config))
+
+
+def _vae_weights(weights: Weights, config: Config) -> Weights:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return _there(convert_ldm_vae_checkpoint(weights, config))
+
+
+def _there(weights: dict[str, Tensor | None]) -> Weights:
+    """Without the names that a converter has from one tensor of a pair and lacks in the file."""
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}
+
+
+UNET = Part("unet", "UNet", (DENOISER,), _unet_weights)
+VAE = Part(
+    "vae",
+    "VAE",
+    ("first_stage_model.", "vae."),
+    _vae_weights,
+    leftovers=("first_stage_model.loss.*", "first_stage_model.model_ema.*"),
+)

@@ -178,7 +178,7 @@ class _Gapless(dict[str, Any]):
 
         return torch.empty(0)
 
-    def pop(self, name: str, *_: object) -> Any:  # type: ignore[override]
+    def pop(self, name: str, *_: object) -> Any:
         return super().pop(name) if name in self else self[name]
 
 
@@ -238,7 +238,7 @@ def _unscaled(checkpoint: Path, weights: Weights, part: Part) -> Weights:
 
 
 def _saved_name(name: str, config: Config) -> str:
-    """transformers 5 dropped "text_model." from CLIPTextModel and reads both; hub folders have it."""
+    """transformers 5 dropped "text_model." from CLIPTextModel; it reads both, and hubs have it."""
     if config.get("model_type") != "clip_text_model" or name.startswith("text_projection"):
         return name
     return f"text_model.{name.removeprefix('text_model.')}"

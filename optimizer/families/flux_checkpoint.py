@@ -22,7 +22,7 @@ from optimizer.families.base_checkpoint import (
     shapes_of,
     write_folder,
 )
-from optimizer.families.ldm_checkpoint import DENOISER, VAE, bare_shapes, count_blocks
+from optimizer.families.ldm_checkpoint import DENOISER, VAE, bare_shapes, count_blocks, side
 from optimizer.families.text_checkpoint import clip, t5, write_clip_vocabulary, write_t5_tokenizer
 from profiles.errors import UnsupportedError
 
@@ -57,7 +57,8 @@ ControlNets (no single_blocks)."""
 
 def owns_checkpoint(keys: Shapes) -> bool:
     """A transformer of double and single blocks that is told a pooled text vector."""
-    return set(bare_shapes(keys, _NAMES)) >= _OWN
+    shapes = bare_shapes(keys, _NAMES)
+    return set(shapes) >= _OWN and len(shapes["img_in.weight"]) == 2
 
 
 def convert(checkpoint: Path, folder: Path) -> None:
@@ -67,17 +68,17 @@ def convert(checkpoint: Path, folder: Path) -> None:
     `UnsupportedError` for transformers of other inputs (depth, canny).
     """
     shapes = bare_shapes(shapes_of(checkpoint), _NAMES)
-    channels = shapes["img_in.weight"][1]
-    out_channels = shapes.get("final_layer.linear.weight", (64,))[0]
+    transformer = _transformer_config(shapes)
+    channels, out_channels = transformer["in_channels"], transformer.get("out_channels", 64)
     if channels not in (out_channels, 6 * out_channels):
         raise UnsupportedError(
             f"{checkpoint} has a transformer of {channels} input channels (128: FLUX.1 depth and "
             "canny): give FLUX.1 dev or schnell, whose transformer has 64, or fill, whose has 384"
         )
-    changes: dict[str, dict[str, Any]] = {"transformer/config.json": _transformer_config(shapes)}
+    changes: dict[str, dict[str, Any]] = {"transformer/config.json": transformer}
     if channels != out_channels:
         changes["model_index.json"] = {"_class_name": "FluxFillPipeline"}
-    if "guidance_in.in_layer.weight" not in shapes:  # schnell
+    if not transformer["guidance_embeds"]:  # schnell
         changes["scheduler/scheduler_config.json"] = {"shift": 1.0, "use_dynamic_shifting": False}
     write_folder(
         checkpoint,
@@ -92,22 +93,21 @@ def convert(checkpoint: Path, folder: Path) -> None:
 
 
 def _transformer_config(shapes: Shapes) -> Config:
-    """What the shapes tell of the transformer; where one is missing, `write_folder` says so."""
-    width, channels = shapes["img_in.weight"]
-    config: Config = {
+    """What the shapes tell of the transformer."""
+    width = side(shapes, "img_in.weight", 0)
+    head = side(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 0)
+    told = {
+        "attention_head_dim": head,
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-        "in_channels": channels,
+        "in_channels": side(shapes, "img_in.weight", 1),
+        "joint_attention_dim": side(shapes, "txt_in.weight", 1),
+        "num_attention_heads": width and head and width // head,
         "num_layers": count_blocks(shapes, "double_blocks"),
         "num_single_layers": count_blocks(shapes, "single_blocks"),
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "out_channels": side(shapes, "final_layer.linear.weight", 0),
+        "pooled_projection_dim": side(shapes, "vector_in.in_layer.weight", 1),
     }
-    if head := shapes.get("double_blocks.0.img_attn.norm.query_norm.scale"):
-        config |= {"attention_head_dim": head[0], "num_attention_heads": width // head[0]}
-    if context := shapes.get("txt_in.weight"):
-        config["joint_attention_dim"] = context[1]
-    if final := shapes.get("final_layer.linear.weight"):
-        config["out_channels"] = final[0]
-    return config
+    return {name: value for name, value in told.items() if value is not None}
 
 
 _ENDS = {
@@ -190,3 +190,11 @@ def _pieces(tensor: Tensor, module: str, width: int, count: int) -> list[Tensor]
     starts = [width * i for i in range(count)]
     ends = [*starts[1:], len(tensor)]
     return [tensor[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+_PARTS = (
+    clip("text_encoder", "CLIP-L text encoder", "text_encoders.clip_l.transformer."),
+    t5("text_encoder_2", "text_encoders.t5xxl.transformer."),
+    Part("transformer", "transformer", (DENOISER, *_NAMES), _transformer_weights),
+    VAE,
+)

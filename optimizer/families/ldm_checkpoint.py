@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Weights = dict[str, Tensor]
 
-__all__ = ["DENOISER", "UNET", "VAE", "bare_shapes", "count_blocks"]
+__all__ = ["DENOISER", "UNET", "VAE", "bare_shapes", "count_blocks", "side", "unet_channels"]
 
 DENOISER = "model.diffusion_model."
 """What a denoiser's names begin with."""
@@ -31,6 +31,17 @@ def count_blocks(shapes: Shapes, stem: str) -> int:
     """How many blocks `stem`.0, `stem`.1, ... there are, gaps counted too."""
     matches = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
     return 1 + max(int(match[1]) for match in matches if match)
+
+
+def side(shapes: Shapes, name: str, axis: int) -> int | None:
+    """A tensor's length along an axis; None where it is missing, which `write_folder` says."""
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) else None
+
+
+def unet_channels(shapes: Shapes) -> int:
+    """A UNet's input channels: 4 latents, and 5 more for inpainting (masked latents and mask)."""
+    return side(shapes, DENOISER + "input_blocks.0.0.weight", 1) or 4
 
 
 def _unet_weights(weights: Weights, config: Config) -> Weights:

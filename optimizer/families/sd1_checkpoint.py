@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.families.base_checkpoint import Part, Shapes, assets, read, shapes_of, write_folder
-from optimizer.families.ldm_checkpoint import DENOISER, UNET, VAE
+from optimizer.families.ldm_checkpoint import DENOISER, UNET, VAE, unet_channels
 from optimizer.families.text_checkpoint import clip, open_clip, write_clip_vocabulary
 from profiles.errors import UnsupportedError
 
@@ -38,7 +38,7 @@ def convert(checkpoint: Path, folder: Path) -> None:
     unknown or of another shape, `UnsupportedError` for UNets of other channels.
     """
     shapes = shapes_of(checkpoint)
-    channels = shapes[DENOISER + "input_blocks.0.0.weight"][1]
+    channels = unet_channels(shapes)
     if channels not in (4, 9):
         raise UnsupportedError(
             f"{checkpoint} has a UNet of {channels} input channels (8: instruct-pix2pix, 5: depth, "

@@ -1,7 +1,7 @@
 """Single-file Stable Diffusion 3 and 3.5 checkpoints (medium, large) -> diffusers folder.
 
-What differs between them is read from the weights' shapes. Files without text encoders, as Stability
-published most, are refused: three encoders can't be made up.
+What differs between them is read from the weights' shapes. Files without text encoders,
+as Stability published most, are refused: three encoders can't be made up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimizer.families.base_checkpoint import (
     Config,
@@ -19,7 +19,7 @@ from optimizer.families.base_checkpoint import (
     shapes_of,
     write_folder,
 )
-from optimizer.families.ldm_checkpoint import DENOISER, VAE, bare_shapes, count_blocks
+from optimizer.families.ldm_checkpoint import DENOISER, VAE, bare_shapes, count_blocks, side
 from optimizer.families.text_checkpoint import clip, t5, write_clip_vocabulary, write_t5_tokenizer
 from profiles.errors import UnsupportedError
 
@@ -43,9 +43,10 @@ _NAMES = (
 
 
 def owns_checkpoint(keys: Shapes) -> bool:
-    """A transformer whose blocks join text and picture, with a patch embedding that has no mask."""
+    """A transformer whose blocks join text and picture."""
     shapes = bare_shapes(keys, _NAMES)
-    return {"joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight"} <= set(shapes)
+    patches = shapes.get("x_embedder.proj.weight", ())
+    return "joint_blocks.0.context_block.attn.qkv.weight" in shapes and len(patches) == 4
 
 
 def convert(checkpoint: Path, folder: Path) -> None:
@@ -55,10 +56,11 @@ def convert(checkpoint: Path, folder: Path) -> None:
     `UnsupportedError` for a transformer that doesn't take 16 channels.
     """
     transformer = _transformer_config(bare_shapes(shapes_of(checkpoint), _NAMES))
-    if transformer["in_channels"] != 16:
+    channels = transformer["in_channels"]
+    if channels != 16:
         raise UnsupportedError(
-            f"{checkpoint} has a transformer of {transformer['in_channels']} input channels: give "
-            "a text-to-image version of it, whose transformer has 16"
+            f"{checkpoint} has a transformer of {channels} input channels: give a text-to-image "
+            "version of it, whose transformer has 16"
         )
     write_folder(
         checkpoint,
@@ -74,30 +76,27 @@ def convert(checkpoint: Path, folder: Path) -> None:
 
 
 def _transformer_config(shapes: Shapes) -> Config:
-    """What the shapes tell of the transformer; where one is missing, `write_folder` says so.
+    """What the shapes tell of the transformer.
 
-    A head is 64 wide unless the norms of queries and keys (3.5) say otherwise.
+    A head is 64 wide unless the norms of queries and keys, which 3.5 has, say otherwise.
     """
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    config: Config = {
+    width = side(shapes, "x_embedder.proj.weight", 0)
+    head = side(shapes, "joint_blocks.0.x_block.attn.ln_q.weight", 0)
+    dual = [re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", name) for name in shapes]
+    told = {
+        "attention_head_dim": head,
         "caption_projection_dim": width,
-        "in_channels": channels,
+        "dual_attention_layers": sorted({int(match[1]) for match in dual if match}),
+        "in_channels": side(shapes, "x_embedder.proj.weight", 1),
+        "joint_attention_dim": side(shapes, "context_embedder.weight", 1),
+        "num_attention_heads": width and width // (head or 64),
         "num_layers": count_blocks(shapes, "joint_blocks"),
-        "patch_size": patch,
+        "patch_size": side(shapes, "x_embedder.proj.weight", 2),
+        "pooled_projection_dim": side(shapes, "y_embedder.mlp.0.weight", 1),
+        "pos_embed_max_size": math.isqrt(side(shapes, "pos_embed", 1) or 0) or None,
+        "qk_norm": "rms_norm" if head else None,
     }
-    head = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    if head:
-        config |= {"attention_head_dim": head[0], "qk_norm": "rms_norm"}
-    config["num_attention_heads"] = width // config.get("attention_head_dim", 64)
-    dual = {re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", name) for name in shapes}
-    config["dual_attention_layers"] = sorted({int(match[1]) for match in dual if match})
-    if position := shapes.get("pos_embed"):
-        config["pos_embed_max_size"] = math.isqrt(position[1])
-    if context := shapes.get("context_embedder.weight"):
-        config["joint_attention_dim"] = context[1]
-    if pooled := shapes.get("y_embedder.mlp.0.weight"):
-        config["pooled_projection_dim"] = pooled[1]
-    return config
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _transformer_weights(weights: Weights, config: Config) -> Weights:  # noqa: ARG001

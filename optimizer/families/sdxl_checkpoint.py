@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.families.base_checkpoint import Part, Shapes, assets, shapes_of, write_folder
-from optimizer.families.ldm_checkpoint import DENOISER, UNET, VAE
+from optimizer.families.ldm_checkpoint import DENOISER, UNET, VAE, side, unet_channels
 from optimizer.families.text_checkpoint import clip, open_clip, write_clip_vocabulary
 from profiles.errors import UnsupportedError
 
@@ -36,8 +36,7 @@ _VECTORS = {"sdxl": 2816, "sdxl_refiner": 2560}
 
 def owns_checkpoint(keys: Shapes) -> bool:
     """A latent-diffusion UNet that is told size and crop beside the text."""
-    vectors = keys.get(DENOISER + "label_emb.0.0.weight")
-    return vectors is not None and len(vectors) == 2 and vectors[1] in _VECTORS.values()
+    return side(keys, DENOISER + "label_emb.0.0.weight", 1) in _VECTORS.values()
 
 
 def convert(checkpoint: Path, folder: Path) -> None:
@@ -54,7 +53,7 @@ def convert(checkpoint: Path, folder: Path) -> None:
             f"{checkpoint} is trained with EDM's noise schedule (it has {edm[0]}, as Playground "
             "v2.5 and CosXL have): give the diffusers folder of the model, or another SDXL model"
         )
-    channels = shapes[DENOISER + "input_blocks.0.0.weight"][1]
+    channels = unet_channels(shapes)
     if channels not in (4, 9):
         raise UnsupportedError(
             f"{checkpoint} has a UNet of {channels} input channels (8: instruct-pix2pix): give a "

@@ -250,6 +250,10 @@ class Small:
             shutil.copytree(ASSETS / vocabulary, folder / "assets" / vocabulary)
         torch.manual_seed(0)
         self.modules = {component: build(config) for component, config in self.configs.items()}
+        if (
+            name == "sd3"
+        ):  # its files have no such projection, because its pooled output is used raw
+            torch.nn.init.eye_(self.modules["text_encoder"].text_projection.weight)
         self.tensors = checkpoint_keys(name, self.modules, self.configs)
         self.folder = folder / "converted"
         self.file = folder / "checkpoint.safetensors"

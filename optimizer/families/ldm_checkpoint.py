@@ -47,7 +47,19 @@ def unet_channels(shapes: Shapes) -> int:
 def _unet_weights(weights: Weights, config: Config) -> Weights:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
+    for stem in ("input_blocks", "middle_block", "output_blocks"):
+        _fill_gaps(weights, DENOISER + stem)
     return _there(convert_ldm_unet_checkpoint(weights, config))
+
+
+def _fill_gaps(weights: Weights, stem: str) -> None:
+    """Let a block that is missing as a whole be counted: diffusers (0.42) counts those there."""
+    import torch
+
+    matches = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in weights]
+    there = {int(match[1]) for match in matches if match}
+    for gap in set(range(max(there, default=0))) - there:
+        weights[f"{stem}.{gap}.gap"] = torch.empty(0)
 
 
 def _vae_weights(weights: Weights, config: Config) -> Weights:

@@ -15,14 +15,9 @@ from profiles.errors import UnsupportedError
 
 __all__ = ["convert"]
 
-_PARTS: dict[str, tuple[Part, ...]] = {
-    "sd1": (clip("text_encoder", "CLIP text encoder", "cond_stage_model.transformer."), UNET, VAE),
-    "sd2": (
-        open_clip("text_encoder", "OpenCLIP text encoder", "cond_stage_model.model.", layers=23),
-        UNET,
-        VAE,
-    ),
-}
+_TURBO_TEXT = "conditioner.embedders.0.model."
+"""SD Turbo's text encoder is named as Stable Diffusion XL's."""
+
 
 _V_PROBE = DENOISER + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_LIMIT = 0.09
@@ -63,10 +58,18 @@ def convert(checkpoint: Path, folder: Path) -> None:
         folder,
         title=f"Stable Diffusion {version[2]}.x",
         configs=assets(version),
-        parts=_PARTS[version],
+        parts=(_text_encoder(shapes, version), UNET, VAE),
         changes=changes,
     )
     write_clip_vocabulary(folder / "tokenizer")
+
+
+def _text_encoder(shapes: Shapes, version: str) -> Part:
+    if version == "sd1":
+        return clip("text_encoder", "CLIP text encoder", "cond_stage_model.transformer.")
+    is_turbo = any(name.startswith(_TURBO_TEXT) for name in shapes)
+    prefix = _TURBO_TEXT if is_turbo else "cond_stage_model.model."
+    return open_clip("text_encoder", "OpenCLIP text encoder", prefix, layers=23)
 
 
 def _version(shapes: Shapes) -> str:

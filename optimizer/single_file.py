@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from optimizer import families
 from optimizer.digests import sha256_file
 from optimizer.layout import PICKLES, known_families
 from optimizer.store import Store
-from optimizer.weights import read_header
+from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError, UnsupportedError
 
 __all__ = ["CONVERTERS", "convert"]
 
 CONVERTERS: dict[str, str] = {
+    "flux": "optimizer.families.flux_checkpoint:convert",
     "sd1": "optimizer.families.sd1_checkpoint:convert",
+    "sd3": "optimizer.families.sd3_checkpoint:convert",
+    "sdxl": "optimizer.families.sdxl_checkpoint:convert",
 }
 """Family -> function(checkpoint: Path, folder: Path) that writes a diffusers folder."""
 
-_VERSION = 1
+_LOOKED_FOR: dict[str, str] = {
+    "flux": "double_blocks.0.img_attn.qkv.weight with vector_in.in_layer.weight",
+    "sd1": "model.diffusion_model.input_blocks.1.1.*.attn2.to_k.weight of 768 or 1024 columns",
+    "sd3": "joint_blocks.0.context_block.attn.qkv.weight",
+    "sdxl": "model.diffusion_model.label_emb.0.0.weight of 2816 or 2560 columns",
+}
+"""Family -> what a sentence says of its `owns_checkpoint`."""
+
+_PIECES = {
+    "a LoRA": re.compile(r"lora|lycoris|hada_w|lokr_w"),
+    "an embedding (textual inversion)": re.compile(r"emb_params$|clip_[lg]$|string_to_param"),
+    "a ControlNet": re.compile(r"control_model\.|controlnet_|input_hint_block\.|zero_convs\."),
+    "one component": re.compile(
+        r"(down_blocks|mid_block|up_blocks|text_model|transformer_blocks|single_transformer_blocks"
+        r"|encoder|decoder|shared|cond_stage_model|conditioner|first_stage_model)\."
+    ),
+}
+"""What a file without a denoiser is, by how one of its names begins; LoRAs by what it holds."""
+
+_VERSION = 2
 """Raised when a converter writes anything else than before."""
 
 
@@ -39,7 +64,7 @@ def convert(checkpoint: Path, store: Store) -> Path:
     if found is None:
         module, function = CONVERTERS[family].split(":")
         write: Callable[[Path, Path], None] = getattr(importlib.import_module(module), function)
-        with store.create("source", key, needed_bytes=checkpoint.stat().st_size) as folder:
+        with store.create("source", key, needed_bytes=_folder_bytes(checkpoint)) as folder:
             write(checkpoint, folder)
         found = store.find("source", key)
         assert found is not None
@@ -57,19 +82,45 @@ def _detect(checkpoint: Path) -> str:
             f"{checkpoint} is no model: give a diffusers folder, a .safetensors checkpoint, or a "
             "hub id such as owner/name"
         )
-    shapes = {name: parameter.shape for name, parameter in read_header(checkpoint).items()}
+    header = read_header(checkpoint)
+    shapes = {name: parameter.shape for name, parameter in header.items()}
     family = families.detect_checkpoint(shapes)
     if family is None:
-        raise UnsupportedError(f"{checkpoint} {_describe(shapes)}: give one of {known_families()}")
+        raise UnsupportedError(f"{checkpoint} {_describe(header)}: give one of {known_families()}")
     return family
 
 
-def _describe(names: Iterable[str]) -> str:
+def _folder_bytes(checkpoint: Path) -> int:
+    """What the converted folder needs: fp8 weights become twice as large."""
+    eight_bits = sum(
+        math.prod(parameter.shape)
+        for parameter in read_header(checkpoint).values()
+        if parameter.dtype.startswith("fp8")
+    )
+    return checkpoint.stat().st_size + eight_bits
+
+
+def _describe(header: Mapping[str, Parameter]) -> str:
     """Say what a file that is no known checkpoint is, where its names tell."""
-    names = list(names)
-    if any("lora" in name for name in names):
-        return "holds a LoRA and no whole model"
-    if any(name.startswith(("down_blocks.", "text_model.", "decoder.")) for name in names):
-        return "holds one component and no whole model"
-    first = f"its first tensor is {names[0]}" if names else "it holds no tensor"
-    return f"is of a family that kiln does not know ({first})"
+    for piece, pattern in _PIECES.items():
+        find = pattern.search if piece == "a LoRA" else pattern.match
+        if any(map(find, header)):
+            return f"holds {piece} and no whole model"
+    looked_for = "; ".join(text for name, text in _LOOKED_FOR.items() if name in families.FAMILIES)
+    seen = Counter(name.partition(".")[0] for name in header).most_common(4)
+    names = ", ".join(f"{stem}.* ({count})" if count > 1 else stem for stem, count in seen)
+    return (
+        f"is of a family that kiln does not know{_guess(header)} (looked for {looked_for}; its "
+        f"{len(header)} tensors are {names or 'none'})"
+    )
+
+
+def _guess(header: Mapping[str, Parameter]) -> str:
+    """diffusers' name of the model, which for what it doesn't know is "v1"."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    try:
+        name = infer_diffusers_model_type(header)
+    except (LookupError, NameError):  # parts of a model, which it doesn't expect
+        return ""
+    return "" if name == "v1" else f", {name} in diffusers' words"

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["clip_keys", "open_clip_keys", "unet_keys", "vae_keys"]
+__all__ = ["DENOISER", "clip_keys", "open_clip_keys", "unet_keys", "vae_keys"]
+
+DENOISER = "model.diffusion_model."
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -28,6 +30,8 @@ _UNET_ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 
 
@@ -36,8 +40,7 @@ def unet_keys(
 ) -> dict[str, Tensor]:
     """`layers` is the UNet's layers_per_block, `up_types` its up_block_types."""
     return {
-        f"model.diffusion_model.{_unet_key(name, layers, up_types)}": tensor
-        for name, tensor in weights.items()
+        DENOISER + _unet_key(name, layers, up_types): tensor for name, tensor in weights.items()
     }
 
 
@@ -74,7 +77,9 @@ def _inside(part: str, rest: str) -> str:
     return f"{_RESNET[module]}.{leaf}"
 
 
-def vae_keys(weights: Mapping[str, Tensor], *, levels: int) -> dict[str, Tensor]:
+def vae_keys(
+    weights: Mapping[str, Tensor], *, levels: int, prefix: str = "first_stage_model."
+) -> dict[str, Tensor]:
     """`levels` is the length of the VAE's block_out_channels; attention is 1x1 convolutions."""
     keys: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -94,20 +99,19 @@ def vae_keys(weights: Mapping[str, Tensor], *, levels: int) -> dict[str, Tensor]
             key = re.sub(r"to_([qkv])\.", r"\1.", key).replace("to_out.0", "proj_out")
             if tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
-        keys[f"first_stage_model.{key}"] = tensor
+        keys[prefix + key] = tensor
     return keys
 
 
-def clip_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """1.x: transformers' own names of version 4, with the buffer that they had."""
+def clip_keys(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """transformers' own names of version 4, with the buffer that they had."""
     import torch
 
-    keys = {
-        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in weights.items()
-    }
-    positions = torch.arange(77)[None]
-    return {**keys, "cond_stage_model.transformer.text_model.embeddings.position_ids": positions}
+    keys = {}
+    for name, tensor in weights.items():
+        inner = "" if name.startswith("text_projection") else "text_model."
+        keys[prefix + inner + name.removeprefix("text_model.")] = tensor
+    return {**keys, f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
 _OPEN_CLIP = {
@@ -125,14 +129,17 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def open_clip_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """2.x: OpenCLIP's names, q, k and v in one matrix, and a projection that isn't used."""
+def open_clip_keys(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """OpenCLIP's names, q, k and v in one matrix, and a projection, used or not."""
     import torch
 
     keys: dict[str, Tensor] = {}
     for full_name, tensor in weights.items():
         name = full_name.removeprefix("text_model.")
         match = re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if name == "text_projection.weight":
+            keys["text_projection"] = tensor.T
+            continue
         if match is None:
             keys[_OPEN_CLIP[name]] = tensor
             continue
@@ -144,5 +151,6 @@ def open_clip_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [weights[full_name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
             keys[f"{block}.attn.in_proj_{leaf}"] = torch.cat(parts)
     width = weights[next(name for name in weights if "token_embedding" in name)].shape[1]
-    keys["text_projection"] = torch.zeros(width, width)
-    return {f"cond_stage_model.model.{name}": tensor for name, tensor in keys.items()}
+    keys.setdefault("text_projection", torch.zeros(width, width))
+    keys["logit_scale"] = torch.zeros(())
+    return {prefix + name: tensor for name, tensor in keys.items()}

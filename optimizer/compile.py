@@ -17,7 +17,7 @@ from optimizer import bundling
 from optimizer.backends import backend
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
-from optimizer.known_models import remember
+from optimizer.known_models import remember, remember_bundle
 from optimizer.plan import Job, Plan, make_plan
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, load_sensitivity
 from optimizer.quantize.solvers import SOLVERS
@@ -47,14 +47,17 @@ class CompileResult:
     """The bundle was there already, made from the very same things."""
 
 
-def plan_recipe(recipe: Recipe, sensitivity: Path | None = None) -> tuple[Plan, Hardware]:
+def plan_recipe(
+    recipe: Recipe, sensitivity: Path | None = None, *, console: Console | None = None
+) -> tuple[Plan, Hardware]:
     """Everything decided and checked, from configs alone; nothing is built.
 
-    With a file of `kiln analyze`, the policy of `--quant auto` is decided too.
+    With a file of `kiln analyze`, the policy of `--quant auto` is decided too. A hub model that
+    isn't here is downloaded, which `console` shows.
     """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
-    source = resolve(recipe.model, revision=recipe.revision)
+    source = resolve(recipe.model, revision=recipe.revision, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
@@ -85,13 +88,14 @@ def compile_bundle(
     `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
     """
     start = time.monotonic()
-    plan, hardware = plan_recipe(recipe, sensitivity)
+    plan, hardware = plan_recipe(recipe, sensitivity, console=console)
     formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
     require_libraries({job.backend for job in plan.jobs}, formats)
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key
     if (there := bundling.same_bundle(out, key, force=force)) is not None:
+        remember_bundle(out)
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)
@@ -113,12 +117,13 @@ def compile_bundle(
 
     made = bundling.Made(key, engines, speed, hardware)
     manifest = bundling.assemble(plan, made, out)
+    remember_bundle(out)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
 
 def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
     """Measure the sensitivities that `recipe` (quant auto) needs: the plan, and where they lie."""
-    plan, hardware = plan_recipe(recipe)
+    plan, hardware = plan_recipe(recipe, console=console)
     require_libraries(())
     remember(plan.source)
     stages = _Stages(plan, hardware, console)

@@ -11,15 +11,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
 from optimizer.store import Store
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
+from runners.console import Console
 
-__all__ = ["ModelSource", "resolve"]
+__all__ = ["Inspected", "ModelSource", "inspect_folder", "resolve"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -76,12 +77,18 @@ class ModelSource:
         }
 
 
-def resolve(model: str, *, revision: str | None = None, store: Store | None = None) -> ModelSource:
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    store: Store | None = None,
+    console: Console | None = None,
+) -> ModelSource:
     """Find, fetch or convert a model, and check every file of it that is used.
 
-    `store` keeps converted single files. Raises `SpecError` for what is wrong with the input,
-    `UnsupportedError` for a family that isn't known, `MissingError` for a model that is neither on
-    disk nor can be fetched.
+    `store` keeps converted single files, `console` shows a download's progress. Raises `SpecError`
+    for what is wrong with the input, `UnsupportedError` for a family that isn't known,
+    `MissingError` for a model that is neither on disk nor can be fetched.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
@@ -100,13 +107,24 @@ def resolve(model: str, *, revision: str | None = None, store: Store | None = No
         )
     from optimizer.hub import fetch
 
-    folder = fetch(model, revision=revision)
-    return _source(folder, name=model, kind="hub", revision=folder.name)
+    found = fetch(model, revision=revision, console=console)
+    return _source(found.folder, name=model, kind="hub", revision=found.revision)
 
 
-def _source(
-    folder: Path, *, name: str, kind: Literal["folder", "hub", "single-file"], revision: str | None
-) -> ModelSource:
+class Inspected(NamedTuple):
+    """A diffusers folder whose used files are all there and whole, as far as headers tell."""
+
+    family: str
+    pipeline_class: str
+    used: list[str]
+    """Relative posix paths, sorted."""
+
+
+def inspect_folder(folder: Path, *, name: str) -> Inspected:
+    """What a diffusers folder holds; `name` is what the user calls it.
+
+    Raises `SpecError` for what is wrong with it, `UnsupportedError` for an unknown family.
+    """
     index = _read_index(folder)
     family = family_of(index, where=name)
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -114,16 +132,23 @@ def _source(
     for file in used:
         if file.endswith(".safetensors"):
             read_header(folder / file)
+    return Inspected(family, str(index["_class_name"]), used)
+
+
+def _source(
+    folder: Path, *, name: str, kind: Literal["folder", "hub", "single-file"], revision: str | None
+) -> ModelSource:
+    found = inspect_folder(folder, name=name)
     return ModelSource(
         name=name,
         kind=kind,
         folder=folder,
         revision=revision,
-        family=family,
-        pipeline_class=index["_class_name"],
+        family=found.family,
+        pipeline_class=found.pipeline_class,
         files={
             file: FileDigest((folder / file).stat().st_size, sha256_file(folder / file))
-            for file in used
+            for file in found.used
         },
     )
 

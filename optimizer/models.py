@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class LocalModel:
     digest: str | None = None
     """As it was when it was last compiled; None where it wasn't."""
     licence: str | None = None
-    bundles: tuple[LocalBundle, ...] = field(default=())
+    bundles: tuple[LocalBundle, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -65,8 +65,8 @@ class LocalModel:
     def made(self, bundle: LocalBundle) -> bool:
         """Whether a bundle was made from it."""
         model = bundle.manifest.model
-        if self.kind == "hub":
-            return (model.name, model.revision) == (self.name, self.revision)
+        if self.revision and (model.name, model.revision) == (self.name, self.revision):
+            return True
         return model.digest == self.digest
 
 
@@ -87,9 +87,11 @@ def local_models() -> list[LocalModel]:
     bundles = [bundle for path in seen_bundles() if (bundle := _bundle(path)) is not None]
     found: dict[Path, LocalModel] = {}
     for model in (*_of_hub(), *_compiled(), *_of_folders()):
-        found.setdefault(model.path.resolve(), model)
+        first = found.setdefault(model.path.resolve(), model)
+        if first.digest is None and model.digest is not None:
+            found[model.path.resolve()] = replace(first, digest=model.digest)
     return [
-        LocalModel(**{**vars(model), "bundles": tuple(b for b in bundles if model.made(b))})
+        replace(model, bundles=tuple(bundle for bundle in bundles if model.made(bundle)))
         for model in sorted(found.values(), key=lambda model: (model.name, model.revision or ""))
     ]
 

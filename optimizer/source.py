@@ -15,14 +15,19 @@ from typing import Any, Literal, NamedTuple
 
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
-from optimizer.store import Store
+from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
+from optimizer.store import ENTRY_NAME, Store
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
 from runners.console import Console
 
-__all__ = ["Inspected", "ModelSource", "inspect_folder", "resolve"]
+__all__ = ["Inspected", "ModelSource", "SourceKind", "inspect_folder", "resolve"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+SourceKind = Literal["folder", "hub", "single-file", "onnx"]
+"""What the user gave; "onnx" is a folder that holds graphs and no torch weights."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class ModelSource:
 
     name: str
     """As the user gave it."""
-    kind: Literal["folder", "hub", "single-file"]
+    kind: SourceKind
     """What the user gave."""
     folder: Path
     """A diffusers folder, whatever came in."""
@@ -68,8 +73,18 @@ class ModelSource:
         """Return the variant ("fp16") to ask `from_pretrained` for, or None."""
         return next((variant_of(path.name) for path in self.weight_files(component)), None)
 
+    @property
+    def side_factor(self) -> int:
+        """How many of its family's steps a side must be a multiple of: graphs may take fewer."""
+        if self.kind != "onnx":
+            return 1
+        return int(_read_json(self.folder / ABOUT)["side_factor"])
+
     def parameters(self, component: str) -> dict[str, Parameter]:
         """Return shape and type of every parameter of a component, as its files name them."""
+        if self.kind == "onnx":
+            shapes = _read_json(self.folder / component / "parameters.json")
+            return {name: Parameter(tuple(shape), "fp32") for name, shape in shapes.items()}
         return {
             name: parameter
             for path in self.weight_files(component)
@@ -93,6 +108,9 @@ def resolve(
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise SpecError(f"{model} is on disk and has no revisions: leave --revision out")
+    if path.is_dir() and is_onnx_folder(path):
+        folder = adopt(path, _read_index(path), store or Store())
+        return _source(folder, name=model, kind="onnx", revision=None)
     if path.is_dir():
         return _source(path, name=model, kind="folder", revision=None)
     if path.is_file():
@@ -127,7 +145,10 @@ def inspect_folder(folder: Path, *, name: str) -> Inspected:
     """
     index = _read_index(folder)
     family = family_of(index, where=name)
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if {ABOUT, ENTRY_NAME} <= set(names):  # one that `adopt` wrote: all of it is used
+        used = sorted(set(names) - {ENTRY_NAME})
+        return Inspected(family, str(index["_class_name"]), used)
     used = choose_files(names, index=index, where=str(folder))
     for file in used:
         if file.endswith(".safetensors"):
@@ -135,9 +156,7 @@ def inspect_folder(folder: Path, *, name: str) -> Inspected:
     return Inspected(family, str(index["_class_name"]), used)
 
 
-def _source(
-    folder: Path, *, name: str, kind: Literal["folder", "hub", "single-file"], revision: str | None
-) -> ModelSource:
+def _source(folder: Path, *, name: str, kind: SourceKind, revision: str | None) -> ModelSource:
     found = inspect_folder(folder, name=name)
     return ModelSource(
         name=name,

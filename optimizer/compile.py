@@ -90,7 +90,8 @@ def compile_bundle(
     start = time.monotonic()
     plan, hardware = plan_recipe(recipe, sensitivity, console=console)
     formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
-    require_libraries({job.backend for job in plan.jobs}, formats)
+    runs_graphs = {"onnxruntime"} if plan.source.kind == "onnx" else set()
+    require_libraries({job.backend for job in plan.jobs} | runs_graphs, formats)
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key
@@ -151,7 +152,7 @@ class _Stages:
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
             "size": plan.native_size,
-            "tools": versions(TORCH),
+            "tools": versions((*TORCH, "onnxruntime") if plan.source.kind == "onnx" else TORCH),
         }
 
     @property
@@ -210,7 +211,8 @@ class _Stages:
 
     def prepare(self, job: Job, recorded: Path, observed: Observed) -> Path:
         """One component quantized and exported."""
-        title = f"Quantize and export {job.spec.name}" if job.layers else f"Export {job.spec.name}"
+        work = "Read" if self._plan.source.kind == "onnx" else "Export"
+        title = f"{'Quantize and export' if job.layers else work} {job.spec.name}"
         given = (observed.statistics, observed.covariances) if job.layers else (None, None)
         arguments = (job, recorded, *given)
         key = self._prepare_key(job)
@@ -232,7 +234,9 @@ class _Stages:
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
-        """One denoising step, timed against eager fp32; None where the engine can't run here."""
+        """One denoising step, timed against eager fp32; None where one of both can't run here."""
+        if self._plan.source.kind == "onnx":
+            return None
         job = self._plan.denoiser
         engine = engines[job.spec.name]
         if not json.loads((engine / "built.json").read_text("utf-8"))["ran"]:

@@ -121,7 +121,8 @@ def _compiled() -> Iterator[LocalModel]:
     """What was compiled before and is still where it was."""
     for seen in seen_models():
         name = str(seen.path)
-        family, problem = (seen.family, None) if seen.path.is_file() else _family(seen.path, name)
+        whole = seen.kind in ("single-file", "onnx")
+        family, problem = (seen.family, None) if whole else _family(seen.path, name)
         yield LocalModel(name, seen.kind, seen.path, family, problem, digest=seen.digest)
 
 

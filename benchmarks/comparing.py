@@ -24,7 +24,7 @@ from benchmarks.measure import Request, measure
 from benchmarks.prompts import choose_prompts
 from benchmarks.tally import About, Judge, tally
 from profiles import hardware
-from profiles.errors import DiskFullError, MissingError, SpecError
+from profiles.errors import DiskFullError, MissingError, SpecError, UnsupportedError
 from runners.console import Console, quiet_libraries
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def carry_out(wish: Wish, console: Console) -> None:
     from optimizer.source import resolve
 
     level_recipes(wish)
-    source = resolve(wish.model, revision=wish.revision)
+    source = resolve(wish.model, revision=wish.revision, console=console)
+    if source.kind == "onnx":
+        raise UnsupportedError(
+            f"{wish.model} is an ONNX export, and plain diffusers, which is compared with, can't "
+            "run it: give the model that it was exported from."
+        )
     request = _request(wish, source.folder)
     with _writing(wish.out):
         wish.out.mkdir(parents=True, exist_ok=True)

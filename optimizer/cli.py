@@ -95,7 +95,7 @@ def compile_command(
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)
     if dry_run:
-        plan, _ = plan_recipe(recipe, sensitivity)
+        plan, _ = plan_recipe(recipe, sensitivity, console=console)
         console.result(describe.plan_text(plan), describe.plan_document(plan))
         return
     if out is None:

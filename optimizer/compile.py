@@ -17,7 +17,7 @@ from optimizer import bundling
 from optimizer.backends import backend
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
-from optimizer.known_models import remember
+from optimizer.known_models import remember, remember_bundle
 from optimizer.plan import Job, Plan, make_plan
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, load_sensitivity
 from optimizer.quantize.solvers import SOLVERS
@@ -47,14 +47,17 @@ class CompileResult:
     """The bundle was there already, made from the very same things."""
 
 
-def plan_recipe(recipe: Recipe, sensitivity: Path | None = None) -> tuple[Plan, Hardware]:
+def plan_recipe(
+    recipe: Recipe, sensitivity: Path | None = None, *, console: Console | None = None
+) -> tuple[Plan, Hardware]:
     """Everything decided and checked, from configs alone; nothing is built.
 
-    With a file of `kiln analyze`, the policy of `--quant auto` is decided too.
+    With a file of `kiln analyze`, the policy of `--quant auto` is decided too. A hub model that
+    isn't here is downloaded, which `console` shows.
     """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
-    source = resolve(recipe.model, revision=recipe.revision)
+    source = resolve(recipe.model, revision=recipe.revision, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
@@ -85,13 +88,15 @@ def compile_bundle(
     `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
     """
     start = time.monotonic()
-    plan, hardware = plan_recipe(recipe, sensitivity)
+    plan, hardware = plan_recipe(recipe, sensitivity, console=console)
     formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
-    require_libraries({job.backend for job in plan.jobs}, formats)
+    runs_graphs = {"onnxruntime"} if plan.source.kind == "onnx" else set()
+    require_libraries({job.backend for job in plan.jobs} | runs_graphs, formats)
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key
     if (there := bundling.same_bundle(out, key, force=force)) is not None:
+        remember_bundle(out)
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)
@@ -113,12 +118,13 @@ def compile_bundle(
 
     made = bundling.Made(key, engines, speed, hardware)
     manifest = bundling.assemble(plan, made, out)
+    remember_bundle(out)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
 
 def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
     """Measure the sensitivities that `recipe` (quant auto) needs: the plan, and where they lie."""
-    plan, hardware = plan_recipe(recipe)
+    plan, hardware = plan_recipe(recipe, console=console)
     require_libraries(())
     remember(plan.source)
     stages = _Stages(plan, hardware, console)
@@ -146,7 +152,7 @@ class _Stages:
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
             "size": plan.drawn_size,
-            "tools": versions(TORCH),
+            "tools": versions((*TORCH, "onnxruntime") if plan.source.kind == "onnx" else TORCH),
         }
 
     @property
@@ -205,7 +211,8 @@ class _Stages:
 
     def prepare(self, job: Job, recorded: Path, observed: Observed) -> Path:
         """One component quantized and exported."""
-        title = f"Quantize and export {job.spec.name}" if job.layers else f"Export {job.spec.name}"
+        work = "Read" if self._plan.source.kind == "onnx" else "Export"
+        title = f"{'Quantize and export' if job.layers else work} {job.spec.name}"
         given = (observed.statistics, observed.covariances) if job.layers else (None, None)
         arguments = (job, recorded, *given)
         key = self._prepare_key(job)
@@ -227,7 +234,9 @@ class _Stages:
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
-        """One denoising step, timed against eager fp32; None where the engine can't run here."""
+        """One denoising step, timed against eager fp32; None where one of both can't run here."""
+        if self._plan.source.kind == "onnx":
+            return None
         job = self._plan.denoiser
         engine = engines[job.spec.name]
         if not json.loads((engine / "built.json").read_text("utf-8"))["ran"]:

@@ -8,26 +8,179 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from optimizer.hub_files import HubFile, HubFolder, byte_text, require_free
+from optimizer.known_models import licence_of, remember_licence
 from optimizer.layout import choose_files
-from profiles.errors import DiskFullError, MissingError, SpecError
+from profiles.errors import DiskFullError, MissingError, PartialError, SpecError
+from runners.console import Console
 
-__all__ = ["fetch"]
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+__all__ = ["HubModel", "fetch"]
 
 
-def fetch(model: str, *, revision: str | None) -> Path:
-    """Return the cache folder of a hub model, named by its commit; downloads what is missing.
+@dataclass(frozen=True)
+class HubModel:
+    """A hub model whose used files are all in the hub library's cache."""
 
-    Without a connection, what the cache has of it is used. Raises `SpecError` for an unknown or
-    gated model or revision, `MissingError` where neither hub nor cache has it, `DiskFullError`.
+    name: str
+    folder: Path
+    """Named by the commit."""
+    licence: str | None
+    """What the model's card calls it; None where it says nothing or couldn't be asked."""
+    downloaded_bytes: int
+    """That weren't here before."""
+
+    @property
+    def revision(self) -> str:
+        """The commit."""
+        return self.folder.name
+
+
+def fetch(model: str, *, revision: str | None, console: Console | None = None) -> HubModel:
+    """Download what is missing of a hub model, with a progress bar on `console`.
+
+    Where the hub can't be reached, what the cache has of it is used, and `console` says so. Raises
+    `SpecError` for an unknown or gated model or revision, `MissingError` where neither hub nor
+    cache has it, `PartialError` where the connection was lost, `DiskFullError`.
     """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached(model, revision=revision, why="HF_HUB_OFFLINE is set")
+    console = console or Console()
+    with _explained(model, revision):
+        try:
+            info = HfApi().model_info(model, revision=revision, files_metadata=True)
+        except Exception as error:
+            if not _is_about_network(error):
+                raise
+            why = f"the hub cannot be reached ({type(error).__name__})"
+            found = _cached(model, revision=revision, why=why)
+            console.info(f"{model}: {why}; what its cache has is used")
+            return found
+        return _download(model, info, revision=revision, console=console)
+
+
+def _download(model: str, info: ModelInfo, *, revision: str | None, console: Console) -> HubModel:
+    from huggingface_hub import constants, snapshot_download
+
+    folder = HubFolder(model, str(info.sha))
+    files = [_as_hub_file(sibling) for sibling in info.siblings or []]
+    used = _choose(folder, [file.name for file in files])
+    missing = folder.missing(file for file in files if file.name in used)
+    wanted = sum(file.size for file in missing)
+    new = wanted - sum(folder.arrived_bytes(file) for file in missing)
+    require_free(folder, new, constants.HF_HUB_CACHE)
+    licence = _licence(info)
+    remember_licence(model, folder.commit, licence)
+    if missing:
+        with console.stage(f"Download {model}", wanted, in_bytes=True) as stage:
+            _receive(folder, missing, stage.progress)
+            stage.note(byte_text(new))
+    # links the weights, and fetches the small files, which git itself holds
+    snapshot = snapshot_download(model, revision=revision, allow_patterns=used)
+    return HubModel(model, Path(snapshot), licence, new)
+
+
+def _choose(folder: HubFolder, names: list[str]) -> list[str]:
+    """The used ones of a model's files, by its model_index.json."""
+    from huggingface_hub import hf_hub_download
+
+    if "model_index.json" not in names:
+        raise SpecError(
+            f"the hub model {folder.model} is not a diffusers pipeline: it has no "
+            "model_index.json; download its .safetensors checkpoint and give that file"
+        )
+    # by its commit: what the cache knows a branch as stays until all of the new one is here
+    path = hf_hub_download(folder.model, "model_index.json", revision=folder.commit)
+    index = json.loads(Path(path).read_bytes())
+    return choose_files(names, index=index, where=f"the hub model {folder.model}")
+
+
+def _receive(
+    folder: HubFolder, missing: Sequence[HubFile], progress: Callable[[float, float], None]
+) -> None:
+    """Fetch the weights, one file after the other; PartialError where the connection is lost."""
+    total = sum(file.size for file in missing)
+    here = {file.name: folder.arrived_bytes(file) for file in missing}
+    try:
+        for file in missing:
+            if file.sha256 is None:
+                continue
+
+            def received(size: int, name: str = file.name) -> None:
+                here[name] = size
+                progress(sum(here.values()), total)
+
+            folder.download(file, received)
+    except Exception as error:
+        if not _is_about_network(error):
+            raise
+        raise PartialError(
+            f"the connection to the hub was lost ({type(error).__name__}) with "
+            f"{byte_text(sum(here.values()))} of {byte_text(total)} here: run "
+            f"`kiln pull {folder.model}` again, which goes on where this stopped"
+        ) from error
+
+
+def _as_hub_file(sibling: RepoSibling) -> HubFile:
+    lfs = sibling.lfs
+    return HubFile(sibling.rfilename, sibling.size or 0, lfs.sha256 if lfs else None)
+
+
+def _licence(info: ModelInfo) -> str | None:
+    """What the model's card names: "other" says less than the name that goes with it."""
+    card = info.card_data
+    if card is None:
+        return None
+    stated = [card.license] if isinstance(card.license, str) else card.license or []
+    named = [str(card.license_name or name) if name == "other" else str(name) for name in stated]
+    return ", ".join(named) or None
+
+
+def _cached(model: str, *, revision: str | None, why: str) -> HubModel:
+    """What the cache has of a model; MissingError where that isn't all of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    at = f" at revision {revision}" if revision else ""
+    run = f"run `kiln pull {model}` where there is a connection"
+    try:
+        # with all files asked for, a folder that holds only the used ones counts as incomplete
+        snapshot = snapshot_download(
+            model, revision=revision, local_files_only=True, allow_patterns=["model_index.json"]
+        )
+    except LocalEntryNotFoundError as error:
+        raise MissingError(
+            f"{model}{at} is no folder here and not in the hub's cache, and {why}: {run}, or give "
+            "a folder"
+        ) from error
+    folder = Path(snapshot)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    index = json.loads((folder / "model_index.json").read_bytes())
+    try:
+        choose_files(names, index=index, where=f"the hub's cache of {model}")
+    except SpecError as error:
+        lacks = str(error).partition(":")[0]
+        raise MissingError(f"{lacks}, and {why}: {run}") from error
+    return HubModel(model, folder, licence_of(model, folder.name), 0)
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Say in one sentence what the hub library raises."""
     from huggingface_hub import constants, errors
 
     try:
-        if not constants.HF_HUB_OFFLINE:
-            return _download(model, revision=revision)
-        return _cached(model, revision=revision, why="HF_HUB_OFFLINE is set")
+        yield
     except errors.GatedRepoError as error:
         raise SpecError(
             f"the hub model {model} is gated: accept its terms on its page and set HF_TOKEN"
@@ -45,58 +198,42 @@ def fetch(model: str, *, revision: str | None) -> Path:
     except errors.HFValidationError as error:
         raise SpecError(f"{model} is no folder here and no hub id: give owner/name") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                f"the disk of {constants.HF_HUB_CACHE} is full: make room, or set HF_HOME to a "
-                "folder on another disk"
+        if _is_about_network(error):
+            raise MissingError(
+                f"{model} cannot be downloaded now ({type(error).__name__}): run `kiln pull "
+                f"{model}` again"
             ) from error
-        if not _is_about_network(error):
+        if not isinstance(error, OSError):
             raise
-        why = f"the hub cannot be reached ({type(error).__name__})"
-        return _cached(model, revision=revision, why=why)
+        cache = constants.HF_HUB_CACHE
+        if error.errno in _DISK_FULL:
+            raise DiskFullError(
+                f"the disk of {cache} is full: make room, or set HF_HOME to a folder on another "
+                "disk"
+            ) from error
+        raise SpecError(
+            f"the hub's cache {cache} cannot be used ({error.strerror or error}): set HF_HOME to "
+            "a folder that you can write"
+        ) from error
+
+
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def _is_about_network(error: Exception) -> bool:
-    """Whether a request failed; huggingface_hub uses httpx or httpx2, by its version."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    """Whether a request failed, and not because of what was asked for.
 
+    huggingface_hub uses httpx or httpx2, by its version; its own errors have no errno.
+    """
+    from huggingface_hub import errors
 
-def _download(model: str, *, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    listing = HfApi().model_info(model, revision=revision).siblings or []
-    try:
-        index_file = hf_hub_download(model, "model_index.json", revision=revision)
-    except EntryNotFoundError as error:
-        raise SpecError(
-            f"the hub model {model} is not a diffusers pipeline: it has no model_index.json; "
-            "download its .safetensors checkpoint and give that file"
-        ) from error
-    index = json.loads(Path(index_file).read_bytes())
-    used = choose_files(
-        [file.rfilename for file in listing], index=index, where=f"the hub model {model}"
+    refused = (
+        errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
     )
-    return Path(snapshot_download(model, revision=revision, allow_patterns=used))
-
-
-def _cached(model: str, *, revision: str | None, why: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        # with all files asked for, a folder that holds only the used ones counts as incomplete
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=["model_index.json"],
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        at = f" at revision {revision}" if revision else ""
-        raise MissingError(
-            f"{model}{at} is no folder here and not in the hub's cache, and {why}: run "
-            f"`hf download {model}` where there is a connection, or give a folder"
-        ) from error
+    if isinstance(error, refused) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return False
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return error.errno is None
+    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")

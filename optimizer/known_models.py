@@ -1,42 +1,131 @@
-"""Where models were last seen on this machine, by digest: a recipe names no machine's path.
+"""What was seen on this machine: where models lie, which bundles were made, licences of models.
 
-A note in the cache folder, never trusted: the model found there is digested like any other.
+Notes in the cache folder, never trusted: a model that is found by one is digested like any other,
+and a bundle's manifest says what it was made from.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from optimizer.digests import digest
 from optimizer.source import ModelSource
 from optimizer.store import Store
 
-__all__ = ["remember", "remembered"]
+__all__ = [
+    "SeenModel",
+    "licence_of",
+    "remember",
+    "remember_bundle",
+    "remember_licence",
+    "remembered",
+    "seen_bundles",
+    "seen_models",
+]
+
+
+@dataclass(frozen=True)
+class SeenModel:
+    """A model that isn't the hub's, as it was when it was compiled."""
+
+    path: Path
+    digest: str
+    kind: str
+    family: str
 
 
 def remember(source: ModelSource) -> None:
     """Note where a model on disk lies; a cache that can't be written is no error here."""
-    if source.kind == "hub":
-        return
-    note = _note(source.digest)
+    if source.kind != "hub":
+        path = Path(source.name).expanduser().absolute()
+        document = {
+            "path": str(path),
+            "digest": source.digest,
+            "kind": source.kind,
+            "family": source.family,
+        }
+        _write("known_models", source.digest, document)
+
+
+def remembered(digest: str) -> str | None:
+    """The path where the model of this digest was last seen, if something still lies there."""
+    path = _read("known_models", digest).get("path")
+    return str(path) if path and Path(str(path)).exists() else None
+
+
+def seen_models() -> list[SeenModel]:
+    """The models that were compiled and are still where they were."""
+    models = []
+    for note in _all("known_models"):
+        with suppress(KeyError, TypeError):
+            path = Path(note["path"])
+            if path.exists():
+                models.append(SeenModel(path, note["digest"], note["kind"], note["family"]))
+    return models
+
+
+def remember_bundle(bundle: Path) -> None:
+    """Note where a bundle was written."""
+    path = str(bundle.absolute())
+    _write("known_bundles", digest(path), {"path": path})
+
+
+def seen_bundles() -> list[Path]:
+    """Where bundles were written, if something still lies there."""
+    paths = (Path(str(note.get("path"))) for note in _all("known_bundles"))
+    return sorted(path for path in paths if path.exists())
+
+
+def remember_licence(model: str, commit: str, licence: str | None) -> None:
+    """Note what the card of a hub model named, for when there is no connection."""
+    _write("known_licences", digest([model, commit]), {"licence": licence})
+
+
+def licence_of(model: str, commit: str) -> str | None:
+    """The licence that was noted for a commit of a hub model."""
+    licence = _read("known_licences", digest([model, commit])).get("licence")
+    return licence if isinstance(licence, str) else None
+
+
+def _folder(kind: str) -> Path:
+    return Store().root / "v1" / kind
+
+
+def _note(kind: str, key: str) -> Path:
+    return _folder(kind) / f"{key[:24]}.json"
+
+
+def _write(kind: str, key: str, document: dict[str, Any]) -> None:
+    note = _note(kind, key)
     temporary = note.with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(str(Path(source.name).expanduser().absolute()), "utf-8")
+        temporary.write_text(json.dumps(document), "utf-8")
         temporary.replace(note)
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
-def remembered(digest: str) -> str | None:
-    """The path where the model of this digest was last seen, if something still lies there."""
+def _read(kind: str, key: str) -> dict[str, Any]:
+    return _parsed(_note(kind, key))
+
+
+def _all(kind: str) -> Iterator[dict[str, Any]]:
+    with suppress(OSError):
+        for note in sorted(_folder(kind).glob("*.json")):
+            yield _parsed(note)
+
+
+def _parsed(note: Path) -> dict[str, Any]:
+    """What a note says; nothing where there is none or it is damaged."""
     try:
-        path = _note(digest).read_text("utf-8")
-    except OSError:
-        return None
-    return path if Path(path).exists() else None
-
-
-def _note(digest: str) -> Path:
-    return Store().root / "v1" / "known_models" / f"{digest[:24]}.txt"
+        document = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -18,8 +18,13 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
     """The module in one folder of the model: fp32, eval mode, no gradients.
 
     Loaded by the library's own from_pretrained, so that older parameter names are understood.
-    Raises SpecError where tensors are missing or hold a NaN or infinity.
+    Raises SpecError where tensors are missing or hold a NaN or infinity. Where the model is there
+    as ONNX only, what comes back runs the graph.
     """
+    if source.kind == "onnx":
+        from optimizer.onnx_modules import load_onnx_module
+
+        return load_onnx_module(source, folder)
     cls: Any = component_class(source.component_config(folder))
     dtype = "torch_dtype" if hasattr(cls, "load_config") else "dtype"
     module, report = cls.from_pretrained(

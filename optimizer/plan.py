@@ -19,6 +19,7 @@ from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.legality import require_formats, require_target
+from optimizer.onnx_source import coarser, require_onnx_buildable
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.candidates import candidates
 from optimizer.quantize.policy import AUTO, Policy, default_policy, legal_policy
@@ -156,12 +157,14 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         folder: source.component_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)
     }
-    native, step = known.native_size(configs), known.size_step(configs)
+    native, step = known.native_size(configs), known.size_step(configs) * source.side_factor
     backend = recipe.backend or profile.backends[0]
     dtype = _dtype(recipe, backend, profile, hardware)
     target = parse_target(recipe.target) if recipe.target else None
     require_target(backend_named(backend), target, dtype)
-    quant = recipe.quant or profile.quant
+    quant = recipe.quant or ("none" if source.kind == "onnx" else profile.quant)
+    if source.kind == "onnx":
+        require_onnx_buildable(source.name, quant, backend)
     ranges = _ranges(recipe, native, step)
     defaults = _defaults(source.folder)
     largest = max(_parameters(_shapes(spec, source)) for spec in known.components)
@@ -180,7 +183,10 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "digest": source.digest,
         }
     )
-    signatures = known.signatures(configs, ranges)
+    signatures = {
+        name: coarser(signature, source.side_factor)
+        for name, signature in known.signatures(configs, ranges).items()
+    }
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
     calibration = calibration_of(resolved, source.folder, largest, guidance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def prepare(
         },
     }
     (out / "info.json").write_text(json.dumps(info), "utf-8")
-    if backend(job.backend).form == "onnx":
+    if plan.source.kind == "onnx":
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.copyfile(plan.source.folder / job.spec.name / name, out / name)
+    elif backend(job.backend).form == "onnx":
         _export(wrapper, job, next(iter(calls.values())), out)
     else:
         _store(module, plan, job, out)

@@ -11,17 +11,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
-from optimizer.store import Store
+from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
+from optimizer.store import ENTRY_NAME, Store
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
+from runners.console import Console
 
-__all__ = ["ModelSource", "resolve"]
+__all__ = ["Inspected", "ModelSource", "SourceKind", "inspect_folder", "resolve"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+SourceKind = Literal["folder", "hub", "single-file", "onnx"]
+"""What the user gave; "onnx" is a folder that holds graphs and no torch weights."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class ModelSource:
 
     name: str
     """As the user gave it."""
-    kind: Literal["folder", "hub", "single-file"]
+    kind: SourceKind
     """What the user gave."""
     folder: Path
     """A diffusers folder, whatever came in."""
@@ -77,8 +83,18 @@ class ModelSource:
         """Return the variant ("fp16") to ask `from_pretrained` for, or None."""
         return next((variant_of(path.name) for path in self.weight_files(component)), None)
 
+    @property
+    def side_factor(self) -> int:
+        """How many of its family's steps a side must be a multiple of: graphs may take fewer."""
+        if self.kind != "onnx":
+            return 1
+        return int(_read_json(self.folder / ABOUT)["side_factor"])
+
     def parameters(self, component: str) -> dict[str, Parameter]:
         """Return shape and type of every parameter of a component, as its files name them."""
+        if self.kind == "onnx":
+            shapes = _read_json(self.folder / component / "parameters.json")
+            return {name: Parameter(tuple(shape), "fp32") for name, shape in shapes.items()}
         return {
             name: parameter
             for path in self.weight_files(component)
@@ -86,16 +102,25 @@ class ModelSource:
         }
 
 
-def resolve(model: str, *, revision: str | None = None, store: Store | None = None) -> ModelSource:
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    store: Store | None = None,
+    console: Console | None = None,
+) -> ModelSource:
     """Find, fetch or convert a model, and check every file of it that is used.
 
-    `store` keeps converted single files. Raises `SpecError` for what is wrong with the input,
-    `UnsupportedError` for a family that isn't known, `MissingError` for a model that is neither on
-    disk nor can be fetched.
+    `store` keeps converted single files, `console` shows a download's progress. Raises `SpecError`
+    for what is wrong with the input, `UnsupportedError` for a family that isn't known,
+    `MissingError` for a model that is neither on disk nor can be fetched.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise SpecError(f"{model} is on disk and has no revisions: leave --revision out")
+    if path.is_dir() and is_onnx_folder(path):
+        folder = adopt(path, _read_index(path), store or Store())
+        return _source(folder, name=model, kind="onnx", revision=None)
     if path.is_dir():
         return _source(path, name=model, kind="folder", revision=None)
     if path.is_file():
@@ -110,30 +135,49 @@ def resolve(model: str, *, revision: str | None = None, store: Store | None = No
         )
     from optimizer.hub import fetch
 
-    folder = fetch(model, revision=revision)
-    return _source(folder, name=model, kind="hub", revision=folder.name)
+    found = fetch(model, revision=revision, console=console)
+    return _source(found.folder, name=model, kind="hub", revision=found.revision)
 
 
-def _source(
-    folder: Path, *, name: str, kind: Literal["folder", "hub", "single-file"], revision: str | None
-) -> ModelSource:
+class Inspected(NamedTuple):
+    """A diffusers folder whose used files are all there and whole, as far as headers tell."""
+
+    family: str
+    pipeline_class: str
+    used: list[str]
+    """Relative posix paths, sorted."""
+
+
+def inspect_folder(folder: Path, *, name: str) -> Inspected:
+    """What a diffusers folder holds; `name` is what the user calls it.
+
+    Raises `SpecError` for what is wrong with it, `UnsupportedError` for an unknown family.
+    """
     index = _read_index(folder)
     family = family_of(index, where=name)
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if {ABOUT, ENTRY_NAME} <= set(names):  # one that `adopt` wrote: all of it is used
+        used = sorted(set(names) - {ENTRY_NAME})
+        return Inspected(family, str(index["_class_name"]), used)
     used = choose_files(names, index=index, where=str(folder))
     for file in used:
         if file.endswith(".safetensors"):
             read_header(folder / file)
+    return Inspected(family, str(index["_class_name"]), used)
+
+
+def _source(folder: Path, *, name: str, kind: SourceKind, revision: str | None) -> ModelSource:
+    found = inspect_folder(folder, name=name)
     return ModelSource(
         name=name,
         kind=kind,
         folder=folder,
         revision=revision,
-        family=family,
-        pipeline_class=index["_class_name"],
+        family=found.family,
+        pipeline_class=found.pipeline_class,
         files={
             file: FileDigest((folder / file).stat().st_size, sha256_file(folder / file))
-            for file in used
+            for file in found.used
         },
     )
 

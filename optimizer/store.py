@@ -38,10 +38,19 @@ from optimizer.digests import (
 from profiles.errors import DiskFullError, SpecError
 from profiles.hardware import free_disk_bytes
 
-__all__ = ["FileDigest", "Store", "canonical", "digest", "file_digests", "sha256_file"]
+__all__ = [
+    "ENTRY_NAME",
+    "FileDigest",
+    "Store",
+    "canonical",
+    "digest",
+    "file_digests",
+    "sha256_file",
+]
 
 _SCHEMA = 1
-_ENTRY = "entry.json"
+ENTRY_NAME = "entry.json"
+"""Of an entry's sidecar."""
 _NAME_DIGITS = 24
 _KEEP_SECONDS = 7 * 24 * 3600
 """How long a damaged entry, or a temporary made by another host, is kept."""
@@ -201,8 +210,8 @@ def _is_abandoned(temporary: Path) -> bool:
 
 def _seal(folder: Path, kind: str, key: Mapping[str, object]) -> None:
     """Flush every file to the disk and write the entry's sidecar, itself flushed."""
-    if (folder / _ENTRY).exists():
-        raise ValueError(f"{_ENTRY} is the store's own name")
+    if (folder / ENTRY_NAME).exists():
+        raise ValueError(f"{ENTRY_NAME} is the store's own name")
     document: dict[str, Any] = {
         "schema": _SCHEMA,
         "kind": kind,
@@ -212,7 +221,7 @@ def _seal(folder: Path, kind: str, key: Mapping[str, object]) -> None:
     }
     document["sha256"] = digest(document)
     sidecar = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / _ENTRY).write_text(sidecar, encoding="utf-8", newline="\n")
+    (folder / ENTRY_NAME).write_text(sidecar, encoding="utf-8", newline="\n")
     for path in files_under(folder).values():
         with path.open("rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
@@ -231,14 +240,14 @@ def _flush_folder(folder: Path) -> None:
 
 def _is_intact(path: Path, kind: str, key: Mapping[str, object], *, verify: bool) -> bool:
     try:
-        document = json.loads((path / _ENTRY).read_bytes())
+        document = json.loads((path / ENTRY_NAME).read_bytes())
         stated = document.pop("sha256")
         if stated != digest(document) or document["key_digest"] != digest(key):
             return False
         if document["schema"] != _SCHEMA or document["kind"] != kind:
             return False
         found = files_under(path)
-        del found[_ENTRY]
+        del found[ENTRY_NAME]
         expected = {name: FileDigest(**value) for name, value in document["files"].items()}
         if found.keys() != expected.keys():
             return False

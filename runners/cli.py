@@ -25,7 +25,9 @@ COMMANDS: dict[str, str] = {
     "compile": "optimizer.cli:compile_command",
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
+    "models": "optimizer.models:models_command",
     "profiles": "runners.profiles:profiles_command",
+    "pull": "optimizer.pull:pull_command",
 }
 """Command -> module:attribute."""
 
@@ -36,7 +38,9 @@ _LINES = {
     "compile": "Make a bundle from a model.",
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
+    "models": "List the models on this machine and their bundles.",
     "profiles": "List the machines and cards that kiln knows.",
+    "pull": "Download what kiln uses of a hub model.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

@@ -68,23 +68,33 @@ class Console:
         print(finite_json(document) if self.json_output else text, flush=True)
 
     @contextmanager
-    def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
-        """Show one stage: a bar with ETA on a terminal, one line when done elsewhere."""
+    def stage(
+        self, name: str, total: float | None = None, *, in_bytes: bool = False
+    ) -> Iterator[Stage]:
+        """Show one stage: a bar with ETA on a terminal, one line when done elsewhere.
+
+        With `in_bytes`, steps are bytes, and the bar shows their rate as well.
+        """
         start = time.monotonic()
         if not self.terminal:
             stage = Stage(None, None)
             yield stage
         else:
             from rich import progress as rp
+            from rich.console import Console as RichConsole
 
+            counted = (
+                (rp.DownloadColumn(), rp.TransferSpeedColumn())
+                if in_bytes
+                else (rp.MofNCompleteColumn(),)
+            )
             columns = (
                 rp.TextColumn("{task.description}"),
                 rp.BarColumn(),
-                rp.MofNCompleteColumn(),
+                *counted,
                 rp.TimeElapsedColumn(),
                 rp.TimeRemainingColumn(),
             )
-            from rich.console import Console as RichConsole
 
             with rp.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
                 stage = Stage(bar, bar.add_task(name, total=total))
@@ -136,6 +146,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     for name in (
+        "huggingface_hub",
         "torch.onnx",
         "torch.export",
         "onnxscript",

@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.optimizer.hub import Hub
 from tests.optimizer.hub_server import COMMIT, GATED, MODEL, serve_model
 from tests.optimizer.tiny_folder import WEIGHTS, write_model, write_weights
-
-CODE = """
-import sys
-from optimizer.source import resolve
-from profiles.errors import KilnError
-try:
-    source = resolve(sys.argv[1], revision=sys.argv[2] or None)
-except KilnError as error:
-    print(error)
-    sys.exit(error.exit_code)
-print(source.kind, source.revision, source.folder.name, len(source.files))
-"""
-
-
-class Hub:
-    """A served folder, a cache of its own, and `resolve` in a process that sees only those."""
-
-    def __init__(self, folder: Path, cache: Path, endpoint: str, downloads: list[str]) -> None:
-        self.folder, self.cache = folder, cache
-        self.endpoint, self.downloads = endpoint, downloads
-
-    def resolve(
-        self, model: str = MODEL, revision: str = "", **environment: str
-    ) -> tuple[int, str]:
-        base = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        child = subprocess.run(
-            [sys.executable, "-c", CODE, model, revision],
-            env={
-                **base,
-                "HF_HOME": str(self.cache),
-                "HF_ENDPOINT": self.endpoint,
-                "HF_HUB_DISABLE_XET": "1",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert child.stdout, child.stderr
-        return child.returncode, child.stdout.strip()
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     folder = write_model(tmp_path / "model")
-    with serve_model(folder) as (endpoint, downloads):
-        yield Hub(folder, tmp_path / "cache", endpoint, downloads)
+    with serve_model(folder) as served:
+        yield Hub(served, tmp_path / "cache")
 
 
 def test_only_the_used_files_are_downloaded_and_the_commit_is_recorded(hub: Hub) -> None:
@@ -81,7 +40,7 @@ def test_offline_without_a_cache_says_what_to_run(hub: Hub) -> None:
     assert code == 17
     assert said == (
         "owner/tiny is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set: run "
-        "`hf download owner/tiny` where there is a connection, or give a folder"
+        "`kiln pull owner/tiny` where there is a connection, or give a folder"
     )
     code, said = hub.resolve(revision=COMMIT, HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 17

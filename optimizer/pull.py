@@ -1,0 +1,70 @@
+"""`kiln pull`: what kiln uses of a hub model, fetched before it is needed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from profiles.errors import SpecError
+from runners.console import Console, quiet_libraries
+
+__all__ = ["pull_command"]
+
+
+@click.command("pull")
+@click.argument("model")
+@click.option("--revision", help="Commit, tag or branch of the model.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
+def pull_command(
+    model: str,
+    revision: str | None,
+    as_json: bool,  # noqa: FBT001
+) -> None:
+    """Download what kiln uses of the hub model MODEL; cut off, it goes on where it stopped."""
+    quiet_libraries()
+    from optimizer.hub import fetch
+
+    if Path(model).expanduser().exists():
+        raise SpecError(
+            f"{model} is on disk already: give it to `kiln compile`, or the id of a hub model "
+            "such as owner/name"
+        )
+    console, start = Console(json_output=as_json), time.monotonic()
+    found = fetch(model, revision=revision, console=console)
+    document = {
+        "model": model,
+        "revision": found.revision,
+        **_described(model, found.folder),
+        "folder": str(found.folder),
+        "licence": found.licence,
+        "downloaded_bytes": found.downloaded_bytes,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    console.result(_text(document), document)
+
+
+def _described(model: str, folder: Path) -> dict[str, Any]:
+    """The family of a folder and its used files, which are seen to be whole."""
+    from optimizer.source import inspect_folder
+
+    found = inspect_folder(folder, name=model)
+    return {
+        "family": found.family,
+        "pipeline_class": found.pipeline_class,
+        "files": len(found.used),
+        "bytes": sum((folder / name).stat().st_size for name in found.used),
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    from optimizer.families import family
+    from optimizer.hub_files import byte_text
+
+    licence = f"licence {found['licence']}" if found["licence"] else "its card names no licence"
+    return (
+        f"{found['model']} at {found['revision'][:12]} ({family(found['family']).title}), "
+        f"{licence}\n{found['files']} files, {byte_text(found['bytes'])} in {found['folder']}"
+    )

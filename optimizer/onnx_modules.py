@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from optimizer import families
-from optimizer.onnx_source import wide_signatures
+from optimizer.onnx_source import as_exported, wide_signatures
 from optimizer.source import ModelSource
 from profiles.errors import BundleError, SpecError
-from runners.adapters import DenoiserAdapter
+from runners.denoisers import TimestepUNetAdapter
 from runners.engines.base import Array, Engine
 from runners.signature import Signature, TensorSpec
 
@@ -31,7 +31,7 @@ __all__ = ["load_onnx_module"]
 
 def load_onnx_module(source: ModelSource, folder: str) -> nn.Module:
     """The stand-in for the module in one diffusers folder of the model."""
-    known = families.family(source.family)
+    known = as_exported(families.family(source.family))
     specs = [spec for spec in known.components if spec.folder == folder]
     configs = {spec.folder: source.component_config(spec.folder) for spec in known.components}
     signatures = wide_signatures(known, configs)
@@ -39,7 +39,7 @@ def load_onnx_module(source: ModelSource, folder: str) -> nn.Module:
     config = configs[folder]
     stand_ins: dict[str, Callable[[], nn.Module]] = {
         "text_encoder": lambda: _TextEncoder(graphs["text_encoder"]),
-        "denoiser": lambda: DenoiserAdapter(config, lambda: graphs["denoiser"].engine),
+        "denoiser": lambda: TimestepUNetAdapter(config, lambda: graphs["denoiser"].engine),
         "vae_decoder": lambda: _Vae(config, graphs["vae_encoder"], graphs["vae_decoder"]),
     }
     return stand_ins[specs[0].role]().eval()
@@ -104,7 +104,7 @@ class _TextEncoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor | None = None,  # noqa: ARG002 (transformers' signature)
+        attention_mask: Tensor | None = None,  # noqa: ARG002 (transformers' signature)
     ) -> BaseModelOutputWithPooling:
         """Encode [batch, tokens] ids."""
         hidden, pooled = self._graph.run(input_ids)

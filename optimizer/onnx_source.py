@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from optimizer.families.base import Family, Ranges
 from optimizer.layout import family_of
 from optimizer.store import Store
 from profiles.errors import SpecError, UnsupportedError
-from runners.signature import Signature
+from runners.signature import Signature, TensorSpec
 
 __all__ = [
     "ABOUT",
     "adopt",
+    "as_exported",
     "coarser",
     "is_onnx_folder",
     "require_onnx_buildable",
@@ -66,7 +68,7 @@ def adopt(folder: Path, index: Mapping[str, Any], store: Store) -> Path:
     plain = next(
         (name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name
     )
-    known = families.family(family_of({"_class_name": plain}, where=str(folder)))
+    known = as_exported(families.family(family_of({"_class_name": plain}, where=str(folder))))
     files = _given_files(folder, known)
     key = {
         "files": {file: sha256_file(path) for file, path in files.items()},
@@ -154,6 +156,52 @@ def wide_signatures(
     """The signatures of a family's components with ranges that exclude nothing."""
     native, step = known.native_size(configs), known.size_step(configs)
     return known.signatures(configs, Ranges(step, native, 1 << 16, 1 << 10))
+
+
+_AS_EXPORTED = {"clip_text": "clip_plain", "unet": "unet_timestep"}
+"""A wrapper -> that of the graph that optimum makes of the same module."""
+
+
+def as_exported(known: Family) -> Family:
+    """The family with the calling conventions of optimum's graphs.
+
+    Raises UnsupportedError for a family whose graphs aren't read.
+    """
+    wrappers = {
+        spec.name: _AS_EXPORTED.get(spec.wrapper, spec.wrapper) for spec in known.components
+    }
+    if any(
+        spec.wrapper == wrappers[spec.name] and not spec.role.startswith("vae")
+        for spec in known.components
+    ):
+        raise UnsupportedError(
+            f"ONNX exports of {known.title} aren't read: compile from the model that it was "
+            "exported from."
+        )
+
+    def signatures(configs: Any, ranges: Ranges) -> dict[str, Signature]:
+        found = known.signatures(configs, ranges)
+        return {name: _exported_signature(found[name], wrappers[name]) for name in found}
+
+    components = tuple(replace(spec, wrapper=wrappers[spec.name]) for spec in known.components)
+    return replace(known, components=components, signatures=signatures)
+
+
+def _exported_signature(signature: Signature, wrapper: str) -> Signature:
+    """Timesteps as numbers, one length of prompts, the last hidden state alone."""
+    timestep = TensorSpec(name="timestep", dtype="float32", axes=("batch",))
+    changed: dict[str, Any] = {}
+    if wrapper == "unet_timestep":
+        changed["inputs"] = tuple(
+            timestep if spec.name == "time_features" else spec for spec in signature.inputs
+        )
+        changed["dims"] = tuple(
+            dim.model_copy(update={"max": dim.min}) if dim.name == "tokens" else dim
+            for dim in signature.dims
+        )
+    if wrapper == "clip_plain":
+        changed["outputs"] = tuple(s for s in signature.outputs if s.name != "hidden_states")
+    return signature.model_copy(update=changed)
 
 
 def coarser(signature: Signature, factor: int) -> Signature:

@@ -19,7 +19,7 @@ from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.legality import require_formats, require_target
-from optimizer.onnx_source import coarser, require_onnx_buildable
+from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.candidates import candidates
 from optimizer.quantize.policy import AUTO, Policy, default_policy, legal_policy
@@ -153,6 +153,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "the right MODEL, or remove `digest` from the recipe."
         )
     known = family_named(source.family)
+    if source.kind == "onnx":
+        known = as_exported(known)
     configs = {
         folder: source.component_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)

@@ -24,17 +24,29 @@ from torch import Tensor
 from profiles.errors import UnsupportedError
 from runners.adapters import Adapter, OpenEngine, run
 
-__all__ = ["DENOISERS", "FEEDS", "FluxAdapter", "Sd3Adapter", "UNetAdapter"]
+__all__ = [
+    "DENOISERS",
+    "FEEDS",
+    "FluxAdapter",
+    "Sd3Adapter",
+    "TimestepUNetAdapter",
+    "UNetAdapter",
+]
 
 Given = Mapping[str, Any]
 
 
+def _timestep_feeds(config: Given, given: Given) -> dict[str, Any]:  # noqa: ARG001
+    """One timestep for each, as a number."""
+    steps = torch.as_tensor(given["timestep"], dtype=torch.float32).reshape(-1)
+    return {**given, "timestep": steps.expand(len(given["sample"]))}
+
+
 def _unet_feeds(config: Given, given: Given) -> dict[str, Any]:
     width = int(config.get("block_out_channels", (320,))[0])
-    feeds = {**given, **(given.get("added_cond_kwargs") or {})}
+    feeds = {**_timestep_feeds(config, given), **(given.get("added_cond_kwargs") or {})}
     feeds.pop("added_cond_kwargs", None)
-    steps = torch.as_tensor(feeds.pop("timestep"), dtype=torch.float32).reshape(-1)
-    feeds["time_features"] = _unet_waves(config, steps.expand(len(feeds["sample"])), width)
+    feeds["time_features"] = _unet_waves(config, feeds.pop("timestep"), width)
     if (sizes := feeds.pop("time_ids", None)) is not None:
         waves = _unet_waves(config, sizes.flatten(), int(config["addition_time_embed_dim"]))
         feeds["size_features"] = waves.reshape(len(sizes), -1)
@@ -85,6 +97,7 @@ def _flux_feeds(config: Given, given: Given) -> dict[str, Any]:
 
 FEEDS: dict[str, Callable[[Given, Given], dict[str, Any]]] = {
     "unet": _unet_feeds,
+    "unet_timestep": _timestep_feeds,
     "sd3_transformer": _sd3_feeds,
     "flux_transformer": _flux_feeds,
 }
@@ -149,6 +162,12 @@ class UNetAdapter(_DenoiserAdapter):
             }
         )
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+
+class TimestepUNetAdapter(UNetAdapter):
+    """Stands for a UNet2DConditionModel that optimum exported."""
+
+    wrapper = "unet_timestep"
 
 
 class Sd3Adapter(_DenoiserAdapter):
@@ -224,5 +243,7 @@ class FluxAdapter(_DenoiserAdapter):
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
-DENOISERS = {cls.wrapper: cls for cls in (UNetAdapter, Sd3Adapter, FluxAdapter)}
+DENOISERS = {
+    cls.wrapper: cls for cls in (UNetAdapter, TimestepUNetAdapter, Sd3Adapter, FluxAdapter)
+}
 """A denoiser's wrapper -> what stands for it in a pipeline."""

@@ -70,6 +70,20 @@ class ClipText(nn.Module):
         return output.last_hidden_state, output.pooler_output, states
 
 
+class ClipPlain(nn.Module):
+    """input_ids [batch, tokens] -> last_hidden_state [batch, tokens, width], pooler_output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap what stands for a CLIPTextModel that optimum exported."""
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode padded prompts."""
+        output = self.module(input_ids)
+        return output.last_hidden_state, output.pooler_output
+
+
 class ClipHidden(nn.Module):
     """input_ids [batch, tokens] -> hidden_states [batch, layers + 1, tokens, width] as they are,
     last_hidden_state [batch, tokens, width] and pooled [batch, width]: the projected one of a model
@@ -147,6 +161,22 @@ class UNet(nn.Module):
 def _given_features(sample: Tensor, timestep: Tensor) -> Tensor:
     """In the place of UNet2DConditionModel.get_time_embed."""
     return timestep.to(sample.dtype)
+
+
+class TimestepUNet(nn.Module):
+    """sample, timestep [batch], encoder_hidden_states -> the raw prediction, shaped as sample."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap what stands for a UNet2DConditionModel that optimum exported."""
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
+    ) -> tuple[Tensor]:
+        """One step's prediction, before guidance."""
+        output = self.module(sample, timestep, encoder_hidden_states, return_dict=False)
+        return (output[0],)
 
 
 class Sd3Transformer(nn.Module):
@@ -267,9 +297,11 @@ class VaeEncoder(nn.Module):
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clip_text": ClipText,
+    "clip_plain": ClipPlain,
     "clip_hidden": ClipHidden,
     "t5_text": T5Text,
     "unet": UNet,
+    "unet_timestep": TimestepUNet,
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,
     "vae_decoder": VaeDecoder,

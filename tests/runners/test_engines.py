@@ -96,7 +96,7 @@ def test_an_engine_agrees_with_the_fp32_module_at_two_sizes_in_turn(
 
     engine, entry = opened(backend, role)
     folder = "vae" if role.startswith("vae") else {"denoiser": "unet"}.get(role, role)
-    wrapper = WRAPPERS[role](load_module(resolve(str(tiny_model)), folder))
+    wrapper = WRAPPERS[entry.wrapper](load_module(resolve(str(tiny_model)), folder))
     for seed, size in enumerate([(2, 1.0, 1.5), (1, 1.75, 0.5), (2, 1.0, 1.5)]):
         given = feeds(entry, sizes(entry, *size), seed=seed)
         inputs = tuple(given[spec.name] for spec in entry.signature.inputs)

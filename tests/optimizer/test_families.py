@@ -1,0 +1,108 @@
+"""Every family, as a tiny pipeline: detected, compiled, and drawing what diffusers draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import runners
+from optimizer.families import FAMILIES, family
+from optimizer.source import resolve
+from runners.bundle import read_manifest
+from tests.tiny_pipelines import TINY, tiny_flux
+
+Kiln = Callable[..., Any]
+MakeBundle = Callable[..., Path]
+LIMIT = 1
+"""In 255: fp32 sums in another order move a picture by 1e-5, which crosses at most one rounding."""
+
+MADE = {**{name: make for name, make in TINY.items() if name != "sd1"}}
+MADE["flux-schnell"] = partial(tiny_flux, guided=False)
+"""sd1 has tests of its own."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(name)`: the tiny pipeline of MADE, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def get(name: str) -> Path:
+        return root / name if (root / name).exists() else MADE[name](root / name)
+
+    return get
+
+
+def drawn(pipeline: Any, width: int, height: int, seeds: list[int]) -> np.ndarray[Any, Any]:
+    images = pipeline(
+        prompt=["a red circle"] * len(seeds),
+        num_inference_steps=2,
+        width=width,
+        height=height,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    ).images
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def test_every_family_has_a_tiny_pipeline() -> None:
+    assert set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_folder_is_detected_by_its_index(models: Callable[[str], Path], name: str) -> None:
+    source = resolve(str(models(name)))
+    assert source.family == name.split("-")[0]
+    assert source.pipeline_class in family(source.family).pipeline_classes
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_pictures_are_diffusers_own(
+    models: Callable[[str], Path], bundle: MakeBundle, name: str
+) -> None:
+    """Alone at a wide size, and two together at a tall one; neither is traced or recorded."""
+    plain = diffusers.DiffusionPipeline.from_pretrained(models(name), local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    ours = runners.load(bundle("onnxruntime", model=models(name)))
+    try:
+        assert type(ours) is type(plain)
+        for width, height, seeds in ((96, 64, [3]), (48, 80, [4, 5])):
+            wanted = drawn(plain, width, height, seeds)
+            found = drawn(ours, width, height, seeds)
+            assert wanted.std() > 1, "a flat picture proves nothing"
+            assert np.abs(wanted - found).max() <= LIMIT
+    finally:
+        ours.kiln.close()
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "flux-schnell"])
+def test_quantized_denoisers_lose_no_more_than_their_oracle(
+    models: Callable[[str], Path], bundle: MakeBundle, name: str
+) -> None:
+    """Within 1 dB and what bf16 loses by itself: compiling refuses what is worse."""
+    manifest = read_manifest(bundle("openvino", "int8", model=models(name)))
+    entry = manifest.component("denoiser")
+    assert entry.layers_quantized > 0.9 * entry.layers_total
+    assert entry.layers_low_bit is not None
+    assert entry.layers_low_bit > 0.5 * entry.layers_total
+    assert entry.sqnr_db is not None
+    assert entry.oracle_sqnr_db is not None
+    assert entry.sqnr_db > min(entry.oracle_sqnr_db, 80) - 1
+    texts = [item.name for item in manifest.components if item.role == "text_encoder"]
+    assert len(texts) == len({f"text_encoder{end}" for end in ("", "_2", "_3")} & set(texts)) > 1
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_plan_needs_no_weights_and_names_every_component(
+    kiln: Kiln, models: Callable[[str], Path], name: str
+) -> None:
+    ended = kiln("compile", models(name), "--quant", "int4", "--dry-run", "--json")
+    components = json.loads(ended.out)["components"]
+    known = family(name.split("-")[0]).components
+    assert [component["name"] for component in components] == [spec.name for spec in known]

@@ -107,7 +107,8 @@ def _describe(header: Mapping[str, Parameter]) -> str:
         if any(map(find, header)):
             return f"holds {piece} and no whole model"
     looked_for = "; ".join(text for name, text in _LOOKED_FOR.items() if name in families.FAMILIES)
-    seen = Counter(name.partition(".")[0] for name in header).most_common(4)
+    bare = [name.removeprefix("model.diffusion_model.") for name in header]
+    seen = Counter(name.partition(".")[0] for name in bare).most_common(5)
     names = ", ".join(f"{stem}.* ({count})" if count > 1 else stem for stem, count in seen)
     return (
         f"is of a family that kiln does not know{_guess(header)} (looked for {looked_for}; its "

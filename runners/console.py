@@ -153,5 +153,6 @@ def quiet_libraries() -> None:
         "onnx_ir",
         "transformers",
         "diffusers",
+        "bitsandbytes",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -154,12 +154,12 @@ def _check_header(
             "by another tool: give its 16-bit or fp8 version"
         )
     if count := sum(header[name].dtype in _FP8 for name in owned):
-        Console().info(f"{checkpoint}: {count} fp8 weights become bf16, twice as large")
+        Console().info(f"{checkpoint}: fp8 weights become bf16, twice as large ({count} tensors)")
     others = [name for name in header if name not in owned and not _is_leftover(name, parts)]
     if others:
         Console().info(
-            f"{checkpoint}: {len(others)} tensors are no part of {title} and are left out, the "
-            f"first is {others[0]}"
+            f"{checkpoint}: what is no part of {title} is left out (tensors: {len(others)}, the "
+            f"first is {others[0]})"
         )
 
 
@@ -199,8 +199,9 @@ def _write_part(checkpoint: Path, folder: Path, part: Part) -> None:
     unknown += [name for name in weights if name not in expected]
     if unknown:
         raise SpecError(
-            f"{checkpoint} has {len(unknown)} weights in its {part.title} that the architecture "
-            f"has not (the first is {unknown[0]}): it is another model; give its diffusers folder"
+            f"{checkpoint} has weights in its {part.title} that the architecture has not "
+            f"({len(unknown)}, the first is {unknown[0]}): it is another model; give its diffusers "
+            "folder"
         )
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     _save({name: weights[name] for name in expected}, folder / f"{stem}.safetensors")

@@ -17,6 +17,7 @@ from tests.optimizer.checkpoints import (
     checkpoint_keys,
     read_configs,
 )
+from tests.optimizer.transformer_layout import flux_keys
 
 UNET = "model.diffusion_model."
 REAL = {
@@ -122,7 +123,7 @@ def test_an_unknown_weight_is_named(small: Small, name: str) -> None:
     import torch
 
     small.tensors[UNET + name] = torch.ones(3)
-    with pytest.raises(SpecError, match=rf"has 1 weights in its transformer .*{name}\)"):
+    with pytest.raises(SpecError, match=rf"weights in its transformer .*\(1, the .*{name}\)"):
         flux_checkpoint.convert(small.save(), small.folder)
 
 
@@ -137,13 +138,31 @@ def test_eight_bit_floats_become_bf16_with_a_word(
         for name, tensor in small.tensors.items()
     }
     flux_checkpoint.convert(small.save(), small.folder)
-    assert " fp8 weights become bf16, twice as large" in capsys.readouterr().err
+    assert ": fp8 weights become bf16, twice as large" in capsys.readouterr().err
     found = load_file(small.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     joined = small.tensors[UNET + "single_blocks.2.linear1.weight"].bfloat16()
     parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     names = [f"single_transformer_blocks.2.{part}.weight" for part in parts]
     assert torch.equal(torch.cat([found[name] for name in names]), joined)
+
+
+@pytest.mark.slow
+def test_the_table_is_diffusers_at_the_real_width() -> None:
+    """1.5 GB: diffusers' converter takes no other width."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from diffusers.loaders import single_file_utils
+
+    with torch.device("meta"):
+        shapes = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    weights = {name: torch.randn(t.shape).half() for name, t in shapes.state_dict().items()}
+    keys = flux_keys(weights, prefix=UNET)
+    expected = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(dict(keys))
+    width = {"num_attention_heads": 24, "attention_head_dim": 128}
+    found = flux_checkpoint._transformer_weights(keys, width)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_real_shapes_are_told_from_others() -> None:

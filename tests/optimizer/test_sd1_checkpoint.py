@@ -187,4 +187,4 @@ def test_averaged_weights_are_ignored(small: Small, capsys: pytest.CaptureFixtur
     small.tensors["model_ema.diffusion_modeltime_embed0weight"] = torch.zeros(3)
     sd1_checkpoint.convert(small.save(), small.folder)
     assert_same_weights(small, small.folder)
-    assert "are left out" not in capsys.readouterr().err
+    assert "is left out" not in capsys.readouterr().err

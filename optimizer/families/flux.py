@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.flux_checkpoint import owns_checkpoint
 from optimizer.families.parts import (
     VAE,
     WAVES,
@@ -80,15 +79,6 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
         ),
         **vae_signatures(configs, ranges, step),
     }
-
-
-def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
-    """A transformer of double and single blocks."""
-    names = ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")
-    return any(
-        all(f"{prefix}{name}" in keys for name in names)
-        for prefix in ("", "model.diffusion_model.")
-    )
 
 
 FLUX = Family(

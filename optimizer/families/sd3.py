@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import (
     VAE,
@@ -17,6 +15,7 @@ from optimizer.families.parts import (
     vae_factor,
     vae_signatures,
 )
+from optimizer.families.sd3_checkpoint import owns_checkpoint
 from runners.signature import Dim, Signature
 
 __all__ = ["SD3"]
@@ -69,11 +68,6 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
         ),
         **vae_signatures(configs, ranges, step),
     }
-
-
-def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
-    """A transformer whose blocks join text and picture."""
-    return "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight" in keys
 
 
 SD3 = Family(

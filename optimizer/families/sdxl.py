@@ -5,8 +5,6 @@ Turbo, Lightning and LCM checkpoints are the same network; their schedulers make
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import (
     VAE,
@@ -20,6 +18,7 @@ from optimizer.families.parts import (
     vae_signatures,
 )
 from optimizer.families.sd1 import UNET_FACTORS, UNET_FRAGILE, native_size, size_step
+from optimizer.families.sdxl_checkpoint import owns_checkpoint
 from runners.signature import Signature
 
 __all__ = ["SDXL"]
@@ -56,12 +55,6 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
         ),
         **vae_signatures(configs, ranges, step),
     }
-
-
-def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
-    """A latent-diffusion UNet with two text encoders, whose cross-attention is 2048 wide."""
-    probe = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    return probe in keys and keys[probe][1] == 2048
 
 
 SDXL = Family(

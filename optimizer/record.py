@@ -6,7 +6,6 @@ are encoded first, then denoised, then decoded, and the pictures encoded again.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import safetensors
 import safetensors.torch
 import torch
@@ -22,6 +20,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from optimizer.calls import Call, save_calls
+from optimizer.denoising import (
+    Embeddings,
+    denoise,
+    encoded,
+    load_embeddings,
+    loaded_denoiser,
+    pipeline_with,
+    save_embeddings,
+)
 from optimizer.load import load_module
 from optimizer.plan import Plan
 from optimizer.progress import Progress
@@ -29,13 +36,8 @@ from optimizer.quantize.apply import quantizable_layers
 from optimizer.quantize.covariance import Covariance, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
 from optimizer.sizes import LARGE
-from runners.adapters import VaeAdapter
 from runners.denoisers import FEEDS
 from runners.modules import WRAPPERS
-from runners.pipeline import adapter_of, pipeline_of, tokenizer_in
-
-Embeddings = dict[str, dict[str, Tensor]]
-"""Prompt -> what the pipeline takes in its place, by name."""
 
 __all__ = ["load_statistics", "record", "record_covariances", "record_statistics", "trial_calls"]
 
@@ -50,10 +52,10 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     total = len(plan.calibration.held_out) * plan.calibration.steps
     embeddings = _encode(plan, prompts, out)
     calls, latents = [], []
-    with _denoiser(plan) as (pipeline, module):
+    with loaded_denoiser(plan) as (pipeline, module):
         for prompt in plan.calibration.held_out:
             with _calls(plan, module) as found:
-                latents.append(_denoise(plan, pipeline, embeddings, prompt, plan.drawn_size))
+                latents.append(denoise(plan, pipeline, embeddings, prompt, plan.drawn_size))
             calls += found
             progress(len(calls), total)
     _save(calls, out / f"{plan.denoiser.spec.name}.safetensors")
@@ -68,7 +70,7 @@ def record_statistics(
     `partial` holds the runs so far, should this be killed.
     """
     factors = plan.denoiser.spec.factors
-    with _denoiser(plan) as (pipeline, module):
+    with loaded_denoiser(plan) as (pipeline, module):
         layers = quantizable_layers(module)
         with observing(module, layers, factors) as statistics:
             observed = _Observed(statistics, partial)
@@ -80,7 +82,7 @@ def record_covariances(
     plan: Plan, recorded: Path, partial: Path, out: Path, progress: Progress
 ) -> None:
     """Write covariances.safetensors: of every layer's inputs, over more runs than the ranges."""
-    with _denoiser(plan) as (pipeline, module):
+    with loaded_denoiser(plan) as (pipeline, module):
         layers = quantizable_layers(module)
         with observing_covariance(module, layers) as covariances:
             observed = _Observed(covariances, partial)
@@ -143,14 +145,14 @@ def trial_calls(plan: Plan, recorded: Path) -> list[Call]:
     A large model's runs are of half its native side.
     """
     kept: list[Call] = []
-    embeddings = _embeddings(recorded)
+    embeddings = load_embeddings(recorded)
     side = plan.drawn_size
     if plan.denoiser.parameters > LARGE:
         side = max(1, side // 2 // plan.size_step) * plan.size_step
-    with _denoiser(plan) as (pipeline, module):
+    with loaded_denoiser(plan) as (pipeline, module):
         for prompt in plan.calibration.trial:
             with _calls(plan, module) as calls:
-                _denoise(plan, pipeline, embeddings, prompt, side)
+                denoise(plan, pipeline, embeddings, prompt, side)
             count = min(_TRIAL_CALLS, len(calls))
             kept += [_as_call(calls[(2 * i + 1) * len(calls) // (2 * count)]) for i in range(count)]
     return kept
@@ -169,10 +171,10 @@ def _run_all(
     observed: _Observed,
 ) -> None:
     """Run the prompts that weren't run before."""
-    embeddings = _embeddings(recorded)
+    embeddings = load_embeddings(recorded)
     done = observed.runs
     for number, prompt in enumerate(prompts[done:], start=done + 1):
-        _denoise(plan, pipeline, embeddings, prompt, plan.drawn_size)
+        denoise(plan, pipeline, embeddings, prompt, plan.drawn_size)
         progress(number, len(prompts))
         observed.keep(number)
 
@@ -202,47 +204,16 @@ def _encode(plan: Plan, prompts: tuple[str, ...], out: Path) -> Embeddings:
     """What the pipeline encodes "" and all prompts to; records the text encoders' calls."""
     specs = [spec for spec in plan.family.components if spec.role == "text_encoder"]
     encoders = {spec.name: load_module(plan.source, spec.folder) for spec in specs}
-    pipeline = _pipeline(plan, encoders)
-    accepted = inspect.signature(pipeline.encode_prompt).parameters
-    embeddings: Embeddings = {}
+    pipeline = pipeline_with(plan, encoders)
     with ExitStack() as stack:
         given = {n: stack.enter_context(_token_ids(module)) for n, module in encoders.items()}
-        for prompt in ("", *prompts):
-            asked = {"prompt": prompt, "prompt_2": None, "prompt_3": None, **_ENCODING}
-            found = pipeline.encode_prompt(**{k: v for k, v in asked.items() if k in accepted})
-            embeddings[prompt] = {
-                name: tensor
-                for name, tensor in zip(plan.family.embeddings, found, strict=True)
-                if name is not None
-            }
+        embeddings = {prompt: encoded(plan, pipeline, prompt) for prompt in ("", *prompts)}
     for spec in specs:
         wrapper = WRAPPERS[spec.wrapper](encoders[spec.name])
         kept = given[spec.name][: 1 + len(plan.calibration.held_out)]
         _save([((ids,), wrapper(ids)) for ids in kept], out / f"{spec.name}.safetensors")
-    tensors = {
-        f"{name}/{prompt}": tensor.contiguous().clone()
-        for prompt, found in embeddings.items()
-        for name, tensor in found.items()
-    }
-    safetensors.torch.save_file(tensors, out / _EMBEDDINGS)
+    save_embeddings(embeddings, out)
     return embeddings
-
-
-_EMBEDDINGS = "prompts.safetensors"
-_ENCODING = {
-    "device": torch.device("cpu"),
-    "num_images_per_prompt": 1,
-    "do_classifier_free_guidance": True,
-}
-
-
-def _embeddings(recorded: Path) -> Embeddings:
-    """What `_encode` saved."""
-    found: Embeddings = {}
-    for key, tensor in safetensors.torch.load_file(recorded / _EMBEDDINGS).items():
-        name, _, prompt = key.partition("/")
-        found.setdefault(prompt, {})[name] = tensor
-    return found
 
 
 @contextmanager
@@ -259,72 +230,6 @@ def _token_ids(encoder: nn.Module) -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-def _pipeline(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
-    """diffusers' pipeline with only some components loaded; latents come out undecoded."""
-
-    def absent() -> Any:
-        raise AssertionError("only the loaded components run here")
-
-    source = plan.source
-    scheduler = source.component_config("scheduler")
-    parts: dict[str, Any] = {
-        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
-        "vae": _Undecoded(source.component_config("vae"), encoder=absent, decoder=absent),
-    }
-    for spec in plan.family.components:
-        if not spec.role.startswith("vae"):
-            adapter = adapter_of(spec.role, spec.wrapper)
-            parts[spec.name] = loaded.get(spec.name) or adapter(
-                source.component_config(spec.folder), absent
-            )
-    for name in sorted({file.split("/")[0] for file in source.files}):
-        if name.startswith("tokenizer"):
-            parts[name] = tokenizer_in(source.folder / name)
-    pipeline = pipeline_of(getattr(diffusers, source.pipeline_class), parts, source.settings)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-class _Undecoded(VaeAdapter):
-    """Keeps the latents that a pipeline would have decoded."""
-
-    latents: Tensor
-
-    def decode(
-        self,
-        z: Tensor,
-        return_dict: bool = True,  # noqa: FBT001, FBT002, ARG002 (diffusers' signature)
-        generator: torch.Generator | None = None,  # noqa: ARG002 (diffusers' signature)
-    ) -> tuple[Tensor]:
-        """An empty picture [batch, 3, 1, 1]."""
-        self.latents = z
-        return (torch.zeros(len(z), 3, 1, 1),)
-
-
-@contextmanager
-def _denoiser(plan: Plan) -> Iterator[tuple[Any, nn.Module]]:
-    """diffusers' pipeline with only the denoiser loaded, and that."""
-    spec = plan.denoiser.spec
-    module = load_module(plan.source, spec.folder)
-    yield _pipeline(plan, {spec.name: module}), module
-
-
-def _denoise(plan: Plan, pipeline: Any, embeddings: Embeddings, prompt: str, side: int) -> Tensor:
-    """The latents that would be decoded."""
-    seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
-    pipeline(
-        **embeddings[prompt],
-        num_inference_steps=plan.calibration.steps,
-        guidance_scale=plan.calibration.guidance,
-        height=side,
-        width=side,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="pt",
-    )
-    latents: Tensor = pipeline.vae.latents
-    return latents
 
 
 @contextmanager

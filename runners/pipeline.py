@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, dict[str, str]] = {
+    "FluxFillPipeline": {"inpaint": "FluxFillPipeline"},
     "FluxPipeline": {
         "text-to-image": "FluxPipeline",
         "img2img": "FluxImg2ImgPipeline",
@@ -45,11 +46,13 @@ TASKS: dict[str, dict[str, str]] = {
         "img2img": "StableDiffusion3Img2ImgPipeline",
         "inpaint": "StableDiffusion3InpaintPipeline",
     },
+    "StableDiffusionInpaintPipeline": {"inpaint": "StableDiffusionInpaintPipeline"},
     "StableDiffusionPipeline": {
         "text-to-image": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
         "inpaint": "StableDiffusionInpaintPipeline",
     },
+    "StableDiffusionXLInpaintPipeline": {"inpaint": "StableDiffusionXLInpaintPipeline"},
     "StableDiffusionXLPipeline": {
         "text-to-image": "StableDiffusionXLPipeline",
         "img2img": "StableDiffusionXLImg2ImgPipeline",

@@ -119,19 +119,21 @@ def _saved(make: Callable[[], Any], folder: Path, seed: int) -> Path:
     return folder
 
 
-def tiny_sd(folder: Path, *, seed: int = 0) -> Path:
+def tiny_sd(folder: Path, *, seed: int = 0, inpaints: bool = False) -> Path:
     """A StableDiffusionPipeline of 3.4 M parameters in `folder`, the same for the same `seed`.
 
-    Pictures are 64x64 (latent: [batch, 4, 16, 16]), prompts 32 tokens. Weights are safetensors.
+    Pictures are 64x64 (latent: [batch, 4, 16, 16]), prompts 32 tokens. Weights are safetensors. One
+    that `inpaints` is a StableDiffusionInpaintPipeline, whose UNet takes 9 channels.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
     def make() -> Any:
-        return StableDiffusionPipeline(
+        cls = StableDiffusionInpaintPipeline if inpaints else StableDiffusionPipeline
+        return cls(
             vae=_vae(),
             text_encoder=_text_encoder(),
             tokenizer=tiny_tokenizer(),
-            unet=_unet(),
+            unet=_unet(in_channels=9) if inpaints else _unet(),
             scheduler=_ddim(),
             safety_checker=None,
             feature_extractor=None,

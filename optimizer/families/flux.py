@@ -84,7 +84,7 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
 FLUX = Family(
     name="flux",
     title="FLUX.1",
-    pipeline_classes=("FluxPipeline",),
+    pipeline_classes=("FluxPipeline", "FluxFillPipeline"),
     embeddings=("prompt_embeds", "pooled_prompt_embeds", None),
     components=(
         ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_hidden"),

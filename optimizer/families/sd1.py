@@ -84,7 +84,7 @@ def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x and 2.x",
-    pipeline_classes=("StableDiffusionPipeline",),
+    pipeline_classes=("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
     embeddings=("prompt_embeds", "negative_prompt_embeds"),
     components=(
         ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_text"),

@@ -60,7 +60,7 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    pipeline_classes=("StableDiffusionXLPipeline",),
+    pipeline_classes=("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
     embeddings=(
         "prompt_embeds",
         "negative_prompt_embeds",

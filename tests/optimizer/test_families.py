@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import runners
 from optimizer.families import FAMILIES, family
 from optimizer.source import resolve
 from runners.bundle import read_manifest
-from tests.tiny_pipelines import TINY, tiny_flux
+from tests.tiny_pipelines import TINY, tiny_flux, tiny_sd
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
@@ -26,6 +28,7 @@ LIMIT = 1
 
 MADE = {**{name: make for name, make in TINY.items() if name != "sd1"}}
 MADE["flux-schnell"] = partial(tiny_flux, guided=False)
+MADE["sd1-inpaint"] = partial(tiny_sd, inpaints=True)
 """sd1 has tests of its own."""
 
 
@@ -41,14 +44,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def drawn(pipeline: Any, width: int, height: int, seeds: list[int]) -> np.ndarray[Any, Any]:
+    edits = "mask_image" in signature(pipeline.__call__).parameters
     images = pipeline(
         prompt=["a red circle"] * len(seeds),
+        **(to_repaint(width, height) if edits else {}),
         num_inference_steps=2,
         width=width,
         height=height,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
     ).images
     return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def to_repaint(width: int, height: int) -> dict[str, Image.Image]:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 3 :] = 255
+    picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return {"image": Image.fromarray(picture), "mask_image": Image.fromarray(mask)}
 
 
 def test_every_family_has_a_tiny_pipeline() -> None:
@@ -69,7 +82,8 @@ def test_pictures_are_diffusers_own(
     """Alone at a wide size, and two together at a tall one; neither is traced or recorded."""
     plain = diffusers.DiffusionPipeline.from_pretrained(models(name), local_files_only=True)
     plain.set_progress_bar_config(disable=True)
-    ours = runners.load(bundle("onnxruntime", model=models(name)))
+    task = "inpaint" if name.endswith("inpaint") else "text-to-image"
+    ours = runners.load(bundle("onnxruntime", model=models(name)), task=task)
     try:
         assert type(ours) is type(plain)
         for width, height, seeds in ((96, 64, [3]), (48, 80, [4, 5])):
@@ -81,7 +95,7 @@ def test_pictures_are_diffusers_own(
         ours.kiln.close()
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if name != "flux-schnell"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_quantized_denoisers_lose_no_more_than_their_oracle(
     models: Callable[[str], Path], bundle: MakeBundle, name: str
 ) -> None:

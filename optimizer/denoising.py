@@ -1,0 +1,173 @@
+"""A diffusers pipeline with one component loaded at a time: text in, embeddings; those in, latents.
+
+Models that repaint a part of a picture get one to repaint: a gradient, its middle masked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image
+from torch import Tensor, nn
+
+from optimizer.load import load_module
+from optimizer.plan import Plan
+from runners.adapters import VaeAdapter
+from runners.modules import WRAPPERS
+from runners.pipeline import adapter_of, pipeline_of, tokenizer_in
+
+__all__ = [
+    "Embeddings",
+    "denoise",
+    "encoded",
+    "load_embeddings",
+    "loaded_denoiser",
+    "pipeline_with",
+    "save_embeddings",
+]
+
+Embeddings = dict[str, dict[str, Tensor]]
+"""Prompt -> what the pipeline takes in its place, by name."""
+
+_ENCODING = {
+    "device": torch.device("cpu"),
+    "num_images_per_prompt": 1,
+    "do_classifier_free_guidance": True,
+}
+
+
+def encoded(plan: Plan, pipeline: Any, prompt: str) -> dict[str, Tensor]:
+    """What the pipeline encodes a prompt to, and the empty one where it has guidance."""
+    accepted = inspect.signature(pipeline.encode_prompt).parameters
+    asked = {"prompt": prompt, "prompt_2": None, "prompt_3": None, **_ENCODING}
+    found = pipeline.encode_prompt(**{k: v for k, v in asked.items() if k in accepted})
+    names = plan.family.embeddings
+    return {n: tensor for n, tensor in zip(names, found, strict=True) if n is not None}
+
+
+_FILE = "prompts.safetensors"
+
+
+def save_embeddings(embeddings: Embeddings, folder: Path) -> None:
+    """Write prompts.safetensors."""
+    tensors = {
+        f"{name}/{prompt}": tensor.contiguous().clone()
+        for prompt, found in embeddings.items()
+        for name, tensor in found.items()
+    }
+    safetensors.torch.save_file(tensors, folder / _FILE)
+
+
+def load_embeddings(folder: Path) -> Embeddings:
+    """What `save_embeddings` wrote."""
+    found: Embeddings = {}
+    for key, tensor in safetensors.torch.load_file(folder / _FILE).items():
+        name, _, prompt = key.partition("/")
+        found.setdefault(prompt, {})[name] = tensor
+    return found
+
+
+def _absent() -> Any:
+    raise AssertionError("only the loaded components run here")
+
+
+def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
+    """diffusers' pipeline with only some components loaded; latents come out undecoded."""
+    source = plan.source
+    cls = getattr(diffusers, source.pipeline_class)
+    repaints = "mask_image" in inspect.signature(cls.__call__).parameters
+    encoder = load_module(source, "vae") if repaints else None
+    scheduler = source.component_config("scheduler")
+    parts: dict[str, Any] = {
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        "vae": _Undecoded(source.component_config("vae"), encoder),
+    }
+    for spec in plan.family.components:
+        if not spec.role.startswith("vae"):
+            adapter = adapter_of(spec.role, spec.wrapper)
+            parts[spec.name] = loaded.get(spec.name) or adapter(
+                source.component_config(spec.folder), _absent
+            )
+    for name in sorted({file.split("/")[0] for file in source.files}):
+        if name.startswith("tokenizer"):
+            parts[name] = tokenizer_in(source.folder / name)
+    pipeline = pipeline_of(cls, parts, source.settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class _Undecoded(VaeAdapter):
+    """Keeps the latents that a pipeline would have decoded; encodes where there is a VAE."""
+
+    latents: Tensor
+
+    def __init__(self, config: dict[str, Any], vae: nn.Module | None) -> None:
+        super().__init__(config, encoder=_absent, decoder=_absent)
+        self._halved = None if vae is None else WRAPPERS["vae_encoder"](vae)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,
+        return_dict: bool = True,  # noqa: FBT001, FBT002 (diffusers' signature)
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """As the VAE does."""
+        assert self._halved is not None
+        distribution = DiagonalGaussianDistribution(*self._halved(x))
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,  # noqa: FBT001, FBT002, ARG002 (diffusers' signature)
+        generator: torch.Generator | None = None,  # noqa: ARG002 (diffusers' signature)
+    ) -> tuple[Tensor]:
+        """An empty picture [batch, 3, 1, 1]."""
+        self.latents = z
+        return (torch.zeros(len(z), 3, 1, 1),)
+
+
+@contextmanager
+def loaded_denoiser(plan: Plan) -> Iterator[tuple[Any, nn.Module]]:
+    """diffusers' pipeline with only the denoiser loaded, and that."""
+    spec = plan.denoiser.spec
+    module = load_module(plan.source, spec.folder)
+    yield pipeline_with(plan, {spec.name: module}), module
+
+
+def denoise(plan: Plan, pipeline: Any, embeddings: Embeddings, prompt: str, side: int) -> Tensor:
+    """The latents that would be decoded."""
+    seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
+    repaints = "mask_image" in inspect.signature(pipeline.__call__).parameters
+    pipeline(
+        **embeddings[prompt],
+        **(_to_repaint(side) if repaints else {}),
+        num_inference_steps=plan.calibration.steps,
+        guidance_scale=plan.calibration.guidance,
+        height=side,
+        width=side,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="pt",
+    )
+    latents: Tensor = pipeline.vae.latents
+    return latents
+
+
+def _to_repaint(side: int) -> dict[str, Image.Image]:
+    """A gradient of all colours, and its middle as the mask."""
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
+    x, y = np.meshgrid(ramp, ramp)
+    mask = np.zeros((side, side), np.uint8)
+    mask[side // 4 : side - side // 4, side // 4 : side - side // 4] = 255
+    picture = Image.fromarray(np.stack([x, y, 255 - x], axis=-1))
+    return {"image": picture, "mask_image": Image.fromarray(mask)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from optimizer.hub_files import HubFile, HubFolder, byte_text, require_free
 from optimizer.known_models import licence_of, remember_licence
 from optimizer.layout import choose_files
-from profiles.errors import DiskFullError, MissingError, PartialError, SpecError
+from profiles.errors import DiskFullError, KilnError, MissingError, PartialError, SpecError
 from runners.console import Console
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _cached(model: str, *, revision: str | None, why: str) -> HubModel:
 @contextmanager
 def _explained(model: str, revision: str | None) -> Iterator[None]:
     """Say in one sentence what the hub library raises."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     try:
         yield
@@ -203,18 +203,23 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
                 f"{model} cannot be downloaded now ({type(error).__name__}): run `kiln pull "
                 f"{model}` again"
             ) from error
-        if not isinstance(error, OSError):
-            raise
-        cache = constants.HF_HUB_CACHE
-        if error.errno in _DISK_FULL:
-            raise DiskFullError(
-                f"the disk of {cache} is full: make room, or set HF_HOME to a folder on another "
-                "disk"
-            ) from error
-        raise SpecError(
-            f"the hub's cache {cache} cannot be used ({error.strerror or error}): set HF_HOME to "
-            "a folder that you can write"
-        ) from error
+        if isinstance(error, OSError):
+            raise _about_disk(error) from error
+        raise
+
+
+def _about_disk(error: OSError) -> KilnError:
+    from huggingface_hub import constants
+
+    cache = constants.HF_HUB_CACHE
+    if error.errno in _DISK_FULL:
+        return DiskFullError(
+            f"the disk of {cache} is full: make room, or set HF_HOME to a folder on another disk"
+        )
+    return SpecError(
+        f"the hub's cache {cache} cannot be used ({error.strerror or error}): set HF_HOME to a "
+        "folder that you can write"
+    )
 
 
 _DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

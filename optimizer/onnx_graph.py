@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from optimizer.graph import clean
+from optimizer.onnx_files import read_graph
 from profiles.errors import SpecError, UnsupportedError
 from runners.signature import Signature, TensorSpec
 
-__all__ = ["external_files", "normalized", "resizes", "save"]
+__all__ = ["normalized", "resizes", "save"]
 
 _NAMES = {
     "vae_decoder": {"latent_sample": "latent", "sample": "image"},
@@ -31,34 +30,13 @@ _TYPED = ("to", "dtype")
 """Attributes that name a type."""
 
 
-def external_files(path: Path) -> list[str]:
-    """The files beside `path` that hold its tensors, by their location in it.
-
-    Raises `SpecError` where the graph is damaged, or a file is missing, too short, a link or
-    outside the graph's folder.
-    """
-    ends: dict[str, int] = {}
-    for tensor in _external_tensors(_read(path)):
-        location = str(tensor.location)
-        ends[location] = max(ends.get(location, 0), (tensor.offset or 0) + tensor.nbytes)
-    for location, end in ends.items():
-        file = _inside(path, location)
-        size = file.stat().st_size if file.is_file() else 0
-        if size < end:
-            raise SpecError(
-                f"{file} is truncated or missing: {path.name} needs {end} bytes of it and it has "
-                f"{size}; export or copy it again"
-            )
-    return sorted(ends)
-
-
 def normalized(path: Path, *, role: str, signature: Signature) -> ir.Model:
     """The graph with the signature's inputs and outputs, computing in fp32.
 
     Outputs that the signature doesn't have are dropped. Raises `SpecError` where one is missing,
     `UnsupportedError` for inputs that kiln doesn't know and for graphs of one size.
     """
-    model = _read(path)
+    model = read_graph(path)
     ir.external_data.set_base_dir(model.graph, path.parent)
     # as kiln's own exports are; TensorRT's types are written out for initializers only
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -102,52 +80,6 @@ def save(model: ir.Model, path: Path) -> dict[str, tuple[int, ...]]:
     ir.save(model, path, external_data=weights.name)
     weights.touch()  # nothing is written beside a graph whose tensors are all small
     return shapes
-
-
-def _read(path: Path) -> ir.Model:
-    try:
-        model = ir.from_proto(onnx.load(path, load_external_data=False))
-    except Exception as error:  # the protobuf library's own type
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SpecError(f"{path} is damaged ({first}): export or copy it again") from error
-    if not len(model.graph):
-        raise SpecError(f"{path} is damaged (it holds no graph): export or copy it again")
-    return model
-
-
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Of the graph, its subgraphs and functions; of initializers and attributes."""
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    for root in graphs:
-        for graph in (root, *root.subgraphs()):
-            values = graph.initializers.values()
-            tensors = [value.const_value for value in values]
-            for node in graph:
-                for attribute in node.attributes.values():
-                    if attribute.type == ir.AttributeType.TENSOR:
-                        tensors.append(attribute.value)
-                    elif attribute.type == ir.AttributeType.TENSORS:
-                        tensors += attribute.value
-            yield from (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-
-
-def _inside(path: Path, location: str) -> Path:
-    """The file at `location`, which must lie in the graph's own folder and be no link."""
-    parts = PurePosixPath(location).parts
-    file = path.parent
-    legal = bool(parts) and not set(location) & set("\\:\0") and not location.startswith("/")
-    for part in parts if legal and ".." not in parts else ():
-        file /= part
-        if file.is_symlink():
-            raise SpecError(
-                f"{path} keeps weights in {location}, which is a link: put the file itself there"
-            )
-    if file == path.parent:
-        raise SpecError(
-            f"{path} keeps weights in {location!r}, outside its folder, where nothing is read: "
-            "export it again"
-        )
-    return file
 
 
 def _widen(model: ir.Model) -> None:

@@ -86,7 +86,7 @@ def adopt(folder: Path, index: Mapping[str, Any], store: Store) -> Path:
 
 def _given_files(folder: Path, known: Family) -> dict[str, Path]:
     """Every file that is read, by its relative posix path."""
-    from optimizer.onnx_graph import external_files
+    from optimizer.onnx_files import external_files
 
     files = {name: folder / name for name in _BESIDE if (folder / name).is_file()}
     for spec in known.components:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,73 +53,91 @@ def write_optimum(
 
 def _parts(pipe: Any, *, older: bool) -> dict[str, Any]:
     """Component -> module, inputs by name, names of outputs, dynamic axes."""
-    import torch
+    return {
+        "text_encoder": _text_encoder(pipe, older=older),
+        "unet": _unet(pipe, older=older),
+        **_vae(pipe, older=older),
+    }
+
+
+def _module(run: Callable[..., Any], owner: Any) -> Any:
+    """A module whose forward is `run(owner, *inputs)`."""
     from torch import nn
 
-    class Text(nn.Module):
+    class Exported(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.module = pipe.text_encoder
+            self.module = owner
 
-        def forward(self, input_ids: Any) -> Any:
-            found = self.module(input_ids=input_ids, output_hidden_states=True)
-            return (found.last_hidden_state, found.pooler_output, *found.hidden_states)
+        def forward(self, *inputs: Any) -> Any:
+            return run(self.module, *inputs)
 
-    class Unet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = pipe.unet
+    return Exported()
 
-        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
-            return self.module(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
-    class Half(nn.Module):
-        def __init__(self, run: Any) -> None:
-            super().__init__()
-            self.module, self.run = pipe.vae, run
+def _text_encoder(pipe: Any, *, older: bool) -> Any:
+    import torch
 
-        def forward(self, x: Any) -> Any:
-            return self.run(self.module, x)
+    def encode(module: Any, ids: Any) -> Any:
+        found = module(input_ids=ids, output_hidden_states=True)
+        return (found.last_hidden_state, found.pooler_output, *found.hidden_states)
+
+    ids = torch.ones(2, pipe.tokenizer.model_max_length, dtype=torch.int64)
+    hidden = [f"hidden_states.{i}" for i in range(pipe.text_encoder.config.num_hidden_layers + 1)]
+    return (
+        _module(encode, pipe.text_encoder),
+        {"input_ids": ids.int() if older else ids},
+        ["last_hidden_state", "pooler_output", *hidden],
+        {"input_ids": {0: "batch_size", 1: "sequence_length"}},
+    )
+
+
+def _latents(pipe: Any) -> Any:
+    import torch
+
+    side = pipe.unet.config.sample_size
+    return torch.randn(2, pipe.unet.config.in_channels, side, side)
+
+
+def _unet(pipe: Any, *, older: bool) -> Any:
+    import torch
+
+    def denoise(module: Any, sample: Any, timestep: Any, hidden: Any) -> Any:
+        return module(sample, timestep, hidden, return_dict=False)[0]
+
+    tokens, width = pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim
+    inputs = {
+        "sample": _latents(pipe),
+        "timestep": torch.tensor([7]) if older else torch.tensor(7.0),
+        "encoder_hidden_states": torch.randn(2, tokens, width),
+    }
+    axes: dict[str, Any] = {
+        "sample": _IMAGE,
+        "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
+        **({"timestep": {0: "steps"}} if older else {}),
+    }
+    return _module(denoise, pipe.unet), inputs, ["out_sample"], axes
+
+
+def _vae(pipe: Any, *, older: bool) -> dict[str, Any]:
+    import torch
 
     def encode(vae: Any, image: Any) -> Any:
         distribution = vae.encode(image).latent_dist
         return distribution.sample() if older else distribution.parameters
 
-    side = pipe.unet.config.sample_size
-    tokens, width = pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim
-    latents = torch.randn(2, pipe.unet.config.in_channels, side, side)
-    encoder = Half(encode)
-    decoder = Half(lambda vae, x: vae.decode(x).sample)
-    hidden = [f"hidden_states.{i}" for i in range(pipe.text_encoder.config.num_hidden_layers + 1)]
-    ids = torch.ones(2, tokens, dtype=torch.int64)
+    decoder = _module(lambda vae, latents: vae.decode(latents).sample, pipe.vae)
+    side = 4 * pipe.unet.config.sample_size
+    image = torch.rand(2, 3, side, side)
+    out = ["latent_sample" if older else "latent_parameters"]
     return {
-        "text_encoder": (
-            Text(),
-            {"input_ids": ids.int() if older else ids},
-            ["last_hidden_state", "pooler_output", *hidden],
-            {"input_ids": {0: "batch_size", 1: "sequence_length"}},
+        "vae_decoder": (
+            decoder,
+            {"latent_sample": _latents(pipe)},
+            ["sample"],
+            {"latent_sample": _IMAGE},
         ),
-        "unet": (
-            Unet(),
-            {
-                "sample": latents,
-                "timestep": torch.tensor([7]) if older else torch.tensor(7.0),
-                "encoder_hidden_states": torch.randn(2, tokens, width),
-            },
-            ["out_sample"],
-            {
-                "sample": _IMAGE,
-                "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
-                **({"timestep": {0: "steps"}} if older else {}),
-            },
-        ),
-        "vae_decoder": (decoder, {"latent_sample": latents}, ["sample"], {"latent_sample": _IMAGE}),
-        "vae_encoder": (
-            encoder,
-            {"sample": torch.rand(2, 3, 4 * side, 4 * side)},
-            ["latent_sample" if older else "latent_parameters"],
-            {"sample": _IMAGE},
-        ),
+        "vae_encoder": (_module(encode, pipe.vae), {"sample": image}, out, {"sample": _IMAGE}),
     }
 
 

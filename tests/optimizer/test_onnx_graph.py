@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from optimizer.onnx_graph import external_files, normalized, resizes, save
+from optimizer.onnx_files import external_files
+from optimizer.onnx_graph import normalized, resizes, save
 from profiles.errors import SpecError, UnsupportedError
 from runners.signature import Dim, Signature, TensorSpec
 

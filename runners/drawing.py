@@ -30,7 +30,7 @@ Size = tuple[int, int]
 
 
 class Drawing(ABC):
-    """A request's size in pixels, the pipeline's arguments for it, and its way back."""
+    """A request's size in pixels, the pictures that a pipeline gets for it, and its way back."""
 
     def __init__(self, size: Size, result: Size) -> None:
         """Take what is drawn, and what comes out of it."""
@@ -42,7 +42,9 @@ class Drawing(ABC):
 
     @abstractmethod
     def arguments(self, count: int, *, cell: int) -> dict[str, Any]:
-        """What the pipeline is called with for `count` pictures; `cell` pixels are a latent's."""
+        """The pictures that a pipeline is called with, `count` of each; a latent's cell has `cell`
+        pixels a side.
+        """
 
     @abstractmethod
     def finished(self, drawn: Image.Image, *, cell: int) -> Image.Image:
@@ -80,7 +82,7 @@ class _FromText(Drawing):
         super().__init__(size, size)
 
     def arguments(self, count: int, *, cell: int) -> dict[str, Any]:  # noqa: ARG002
-        return {"width": self.size[0], "height": self.size[1]}
+        return {}
 
     def finished(self, drawn: Image.Image, *, cell: int) -> Image.Image:  # noqa: ARG002
         return drawn
@@ -120,8 +122,6 @@ class _Repainted(Drawing):
         return {
             "image": [self._canvas] * count,
             "mask_image": [grown_to_cells(self._repaint, cell)] * count,
-            "width": self.size[0],
-            "height": self.size[1],
         }
 
     def finished(self, drawn: Image.Image, *, cell: int) -> Image.Image:

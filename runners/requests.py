@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from profiles.errors import SpecError
 from runners.signature import Dim
+from runners.weighting import weighted
 
 if TYPE_CHECKING:
     from runners.manifest import Manifest
@@ -92,6 +93,7 @@ def _check_text(name: str, text: str) -> None:
             f"{name} holds bytes that are no UTF-8 text at character {error.start + 1}: give it in "
             "UTF-8."
         ) from error
+    weighted(text)
 
 
 def _check_image_given(request: Request) -> None:

@@ -40,7 +40,7 @@ def pictures(
 
         with_scheduler(pipeline, request.scheduler)
     drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
-    settings = _settings(pipeline, request)
+    settings = _settings(pipeline, request, drawing)
     prompts = prompts_of(
         pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
     )
@@ -70,8 +70,10 @@ def _generators(seeds: list[int]) -> list[Any]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def _settings(pipeline: Any, request: Request) -> dict[str, Any]:
-    """Steps, guidance and strength as the request, the model or the pipeline's class has them."""
+def _settings(pipeline: Any, request: Request, drawing: Drawing) -> dict[str, Any]:
+    """Steps, guidance and strength as the request, the model or the pipeline's class has them, and
+    the size, where the class doesn't take that of the image anyway.
+    """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     defaults = pipeline.kiln.manifest.defaults
     wanted = {
@@ -80,6 +82,8 @@ def _settings(pipeline: Any, request: Request) -> dict[str, Any]:
             request.guidance if request.guidance is not None else defaults.get("guidance")
         ),
         "strength": request.strength,
+        "width": drawing.size[0],
+        "height": drawing.size[1],
     }
     settings = {
         name: parameters[name].default if value is None else value

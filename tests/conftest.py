@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from optimizer.backends import BACKENDS
 from tests.tiny_pipelines import tiny_sd
@@ -41,9 +45,14 @@ MakeBundle = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def store_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The session's store, never the user's; KILN_TEST_CACHE keeps one between runs."""
+    """The session's store, never the user's; KILN_TEST_CACHE keeps one between runs.
+
+    Processes that share the tests (pytest-xdist) share it: what one has made the other finds.
+    """
     kept = os.environ.get("KILN_TEST_CACHE")
-    root = Path(kept) if kept else tmp_path_factory.mktemp("store")
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp().parent / "store" if shared else None
+    root = Path(kept) if kept else base or tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KILN_CACHE", str(root))
         yield root
@@ -105,9 +114,13 @@ def _run_here(target: str, arguments: tuple[Any, ...], *, progress: Any) -> str:
     module, name = target.split(":")
     stage = getattr(import_module(module), name)
     more = (progress,) if "progress" in signature(stage).parameters else ()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in a worker: what exporters warn of goes to the log
-        stage(*arguments, *more)
+    logging.disable()  # as in a worker, what exporters say isn't kept; torch traces every step
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stage(*arguments, *more)
+    finally:
+        logging.disable(logging.NOTSET)
     return ""
 
 

@@ -367,7 +367,11 @@ def _signature() -> Any:
 
     configs = {
         "unet": {**SD15_UNET, "in_channels": 4, "out_channels": 4},
-        "text_encoder": {"max_position_embeddings": 77, "hidden_size": 768},
+        "text_encoder": {
+            "max_position_embeddings": 77,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+        },
         "vae": {
             "block_out_channels": [128, 256, 512, 512],
             "latent_channels": 4,

@@ -87,7 +87,7 @@ def compile_bundle(
     A bundle made of the very same things that is there already is left alone; anything else at
     `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
     """
-    start = time.monotonic()
+    start, where = time.monotonic(), out.absolute()  # "-o ." is replaced, and with it where we are
     plan, hardware = plan_recipe(recipe, sensitivity, console=console)
     formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
     runs_graphs = {"onnxruntime"} if plan.source.kind == "onnx" else set()
@@ -96,7 +96,7 @@ def compile_bundle(
     stages = _Stages(plan, hardware, console)
     key = stages.bundle_key
     if (there := bundling.same_bundle(out, key, force=force)) is not None:
-        remember_bundle(out)
+        remember_bundle(where)
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
     _require_disk(plan, out, stages.store)
@@ -118,7 +118,7 @@ def compile_bundle(
 
     made = bundling.Made(key, engines, speed, hardware)
     manifest = bundling.assemble(plan, made, out)
-    remember_bundle(out)
+    remember_bundle(where)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,19 @@ def as_exported(known: Family) -> Family:
             "exported from."
         )
 
-    def signatures(configs: Any, ranges: Ranges) -> dict[str, Signature]:
-        found = known.signatures(configs, ranges)
-        return {name: _exported_signature(found[name], wrappers[name]) for name in found}
-
     components = tuple(replace(spec, wrapper=wrappers[spec.name]) for spec in known.components)
+    signatures = partial(_exported_signatures, known.signatures, wrappers)
     return replace(known, components=components, signatures=signatures)
+
+
+def _exported_signatures(
+    made: Callable[..., dict[str, Signature]],
+    wrappers: Mapping[str, str],
+    configs: Mapping[str, Mapping[str, Any]],
+    ranges: Ranges,
+) -> dict[str, Signature]:
+    found = made(configs, ranges)
+    return {name: _exported_signature(found[name], wrappers[name]) for name in found}
 
 
 def _exported_signature(signature: Signature, wrapper: str) -> Signature:

@@ -95,7 +95,10 @@ class TextEncoderAdapter(Adapter):
         states = found.pop("hidden_states", None)
         if output_hidden_states:
             if states is None:
-                raise UnsupportedError("The text encoder's engine gives no hidden states.")
+                raise UnsupportedError(
+                    "The text encoder's engine gives the last hidden state only: compile the model "
+                    "again, from its own weights."
+                )
             found["hidden_states"] = states.unbind(1)
         return _TextOutput(**found)
 

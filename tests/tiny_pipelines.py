@@ -170,7 +170,7 @@ def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
 
 
 def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
-    """A StableDiffusion3Pipeline: latents of 8 channels in patches of 2, three text encoders."""
+    """A StableDiffusion3Pipeline: latents of 16 channels in patches of 2, three text encoders."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -180,7 +180,7 @@ def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
     def make() -> Any:
         return StableDiffusion3Pipeline(
             vae=_vae(
-                latent_channels=8,
+                latent_channels=16,
                 shift_factor=0.06,
                 use_quant_conv=False,
                 use_post_quant_conv=False,
@@ -194,8 +194,8 @@ def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
             transformer=SD3Transformer2DModel(
                 sample_size=16,
                 patch_size=2,
-                in_channels=8,
-                out_channels=8,
+                in_channels=16,
+                out_channels=16,
                 num_layers=2,
                 attention_head_dim=16,
                 num_attention_heads=4,

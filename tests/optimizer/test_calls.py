@@ -17,8 +17,14 @@ from optimizer.families.base import Ranges
 from runners.signature import Dim, Signature, TensorSpec
 
 CONFIGS = {
-    "text_encoder": {"max_position_embeddings": 32, "hidden_size": 8},
-    "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "sample_size": 16},
+    "text_encoder": {"max_position_embeddings": 32, "hidden_size": 8, "num_hidden_layers": 2},
+    "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 8,
+        "sample_size": 16,
+        "block_out_channels": [8],
+    },
     "vae": {
         "latent_channels": 4,
         "in_channels": 3,

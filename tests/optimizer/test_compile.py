@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def without_numbers(name: str, content: bytes) -> bytes:
+    """A graph without the numbers that OpenVINO counts on in a process that builds several."""
+    if not name.endswith(".xml.gz"):
+        return content
+    return re.sub(rb"_[0-9]+", b"", gzip.decompress(content))
 
 
 @pytest.mark.usefixtures("no_stage")
@@ -298,4 +306,5 @@ def test_a_killed_compile_resumes_and_shows_nothing_half_written(
     first, second = files_of(original), files_of(out)
     assert first.keys() == second.keys()
     own = {"manifest.json", "manifest.sha256"}  # their timings differ
+    first, second = ({n: without_numbers(n, f) for n, f in x.items()} for x in (first, second))
     assert [name for name in first if name not in own and first[name] != second[name]] == []

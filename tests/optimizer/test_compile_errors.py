@@ -73,9 +73,13 @@ def test_a_bundle_in_the_place_of_a_model(fails: Kiln, bundle: Callable[..., Pat
 
 def test_a_family_that_is_not_known(fails: Kiln, model: Path) -> None:
     index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    (model / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "KandinskyPipeline"})
+    )
     sentence = fails(10, model)
-    assert "is a FluxPipeline, which kiln does not know; give one of Stable Diffusion" in sentence
+    assert (
+        "is a KandinskyPipeline, which kiln does not know; give one of Stable Diffusion" in sentence
+    )
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])

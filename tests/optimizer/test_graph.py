@@ -62,7 +62,7 @@ def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-HOW = How("onnxruntime", "fp32", "denoiser", SIGNATURE)
+HOW = How("onnxruntime", "fp32", "denoiser", "unet", SIGNATURE)
 
 
 SCHEMES: dict[str, Scheme] = {

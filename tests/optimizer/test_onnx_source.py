@@ -89,20 +89,20 @@ def test_each_component_gives_what_the_torch_model_gives(
 
     steps = torch.full((3,), 333.0)
     inputs = {
-        "text_encoder": ("text_encoder", [torch.randint(0, 70, (3, 32), generator=random)]),
-        "denoiser": ("unet", [noise(3, 4, 8, 12), steps, noise(3, 32, 32)]),
+        "clip_plain": ("text_encoder", [torch.randint(0, 70, (3, 32), generator=random)]),
+        "unet_timestep": ("unet", [noise(3, 4, 8, 12), steps, noise(3, 32, 32)]),
         "vae_decoder": ("vae", [noise(2, 4, 6, 8)]),
         "vae_encoder": ("vae", [noise(2, 3, 40, 56)]),
     }
     # weights in fp16 have 11 significant bits; the losses of a dozen layers add up to a few of them
     limit = 5e-3 if form == "half" else 1e-5
-    for role, (name, given) in inputs.items():
+    for wrapper, (name, given) in inputs.items():
         with torch.inference_mode():
-            wanted = WRAPPERS[role](load_module(plain, name))(*given)
-            found = WRAPPERS[role](load_module(source, name))(*given)
+            wanted = WRAPPERS[wrapper](load_module(plain, name))(*given)
+            found = WRAPPERS[wrapper](load_module(source, name))(*given)
         for a, b in zip(wanted, found, strict=True):
             assert a.shape == b.shape
-            assert float((a - b).norm() / a.norm()) < limit, role
+            assert float((a - b).norm() / a.norm()) < limit, wrapper
 
 
 def test_it_compiles_and_generates(

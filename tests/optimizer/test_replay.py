@@ -36,7 +36,7 @@ def call() -> Call:
     return Call(
         (
             generator.standard_normal((2, 4, 8, 8), dtype=np.float32),
-            np.array([900, 100], dtype=np.float32),
+            generator.standard_normal((2, 32), dtype=np.float32),
             generator.standard_normal((2, 5, 32), dtype=np.float32),
         ),
         (),

@@ -30,7 +30,7 @@ def test_every_engine_has_its_builder() -> None:
 
 def sizes(entry: ComponentEntry, batch: int, height: float, width: float) -> dict[str, int]:
     """Legal sizes, in parts of the range from its optimum (1) to its maximum (2)."""
-    factors = {"batch": batch, "height": height, "width": width}
+    factors = {"batch": batch, "height": height, "width": width, "tokens": height}
     return {
         dim.name: batch if dim.name == "batch" else dim.nearest(round(dim.opt * factors[dim.name]))
         for dim in entry.signature.dims

@@ -151,9 +151,9 @@ def test_an_edited_picture_says_how_to_make_it_again(
 
 
 def test_a_prompt_that_is_cut_is_said_and_recorded(draw: Kiln, tmp_path: Path) -> None:
-    ended = draw("-o", tmp_path / "a.png", prompt="a" * 30 + " over")
+    ended = draw("-o", tmp_path / "a.png", prompt="a" * 90 + " over")
     assert ended.code == 0
-    assert 'Warning: the prompt is longer than the 30 tokens that the bundle takes; "over"' in (
+    assert 'Warning: the prompt is longer than the 90 tokens that the bundle takes; "over"' in (
         ended.err
     )
     assert read_metadata(tmp_path / "a.png")["prompt_dropped"] == "over"

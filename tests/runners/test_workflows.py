@@ -252,9 +252,9 @@ def test_weights_and_a_cut_prompt_reach_the_picture(loaded: Callable[[str], Any]
         images += [pixels_of(image) for image, _ in pictures(task, request)]
     assert np.abs(images[0] - images[1]).max() > LIMIT
     said: list[str] = []
-    [(_, facts)] = pictures(task, Request("a" * 40, steps=1, seed=3), say=said.append)
+    [(_, facts)] = pictures(task, Request("a" * 100, steps=1, seed=3), say=said.append)
     assert facts["prompt_dropped"] == "a" * 10
     assert said == [
-        "Warning: the prompt is longer than the 30 tokens that the bundle takes; "
+        "Warning: the prompt is longer than the 90 tokens that the bundle takes; "
         f'"{"a" * 10}" is left out.'
     ]

@@ -16,12 +16,14 @@ import psutil
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from optimizer import families
 from optimizer.onnx_source import as_exported, wide_signatures
 from optimizer.source import ModelSource
 from profiles.errors import BundleError, SpecError
+from runners.adapters import Adapter
 from runners.denoisers import TimestepUNetAdapter
 from runners.engines.base import Array, Engine
 from runners.signature import Signature, TensorSpec
@@ -38,7 +40,7 @@ def load_onnx_module(source: ModelSource, folder: str) -> nn.Module:
     graphs = {spec.role: _Graph(source.folder / spec.name, signatures[spec.name]) for spec in specs}
     config = configs[folder]
     stand_ins: dict[str, Callable[[], nn.Module]] = {
-        "text_encoder": lambda: _TextEncoder(graphs["text_encoder"]),
+        "text_encoder": lambda: _TextEncoder(config, graphs["text_encoder"]),
         "denoiser": lambda: TimestepUNetAdapter(config, lambda: graphs["denoiser"].engine),
         "vae_decoder": lambda: _Vae(config, graphs["vae_encoder"], graphs["vae_decoder"]),
     }
@@ -94,11 +96,11 @@ class _Graph:
         return torch.from_numpy(array)
 
 
-class _TextEncoder(nn.Module):
+class _TextEncoder(Adapter):
     """Stands for a CLIPTextModel; its graph has its own positions."""
 
-    def __init__(self, graph: _Graph) -> None:
-        super().__init__()
+    def __init__(self, config: dict[str, Any], graph: _Graph) -> None:
+        super().__init__(CLIPTextConfig.from_dict(config))
         self._graph = graph
 
     def forward(

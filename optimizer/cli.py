@@ -29,6 +29,7 @@ __all__ = ["analyze_command", "compile_command"]
     "--sensitivity", type=click.Path(path_type=Path), help="With auto: a file of `kiln analyze`."
 )
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text file, a prompt a line.")
+@click.option("--calibration-size", type=int, metavar="SIDE", help="Pixels [default: the native]")
 @click.option("--dtype", help="auto, fp32, bf16 or fp16: of what isn't quantized [default: auto]")
 @click.option(
     "--backend", help="openvino, onnxruntime, tensorrt-rtx or eager [default: the profile's]"
@@ -53,6 +54,7 @@ def compile_command(
     size: str | None,
     sensitivity: Path | None,
     calibration: Path | None,
+    calibration_size: int | None,
     recipe_file: Path | None,
     force: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
@@ -85,6 +87,7 @@ def compile_command(
         "budget": budget,
         "min_quality": min_quality,
         "calibration": calibration and read_prompts(calibration),
+        "calibration_size": calibration_size,
         "dtype": dtype,
         "backend": backend,
         "target": target,

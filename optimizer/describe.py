@@ -77,18 +77,19 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 def plan_text(plan: Plan) -> str:
     """The plan for people: decisions, a row a component, predictions, checks."""
     recipe, jobs = plan.recipe, plan.jobs
+    width = 2 + max(len(job.spec.name) for job in jobs)
     lines = [
         f"{plan.source.name}: {plan.family.title}, {plan.native_size} px; "
         f"profile {plan.profile.name}",
         f"sides {recipe.size_min} to {recipe.size_max} px in steps of {plan.size_step}, "
         f"{recipe.batch} pictures at once",
-        f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
+        f"{'component':<{width}}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
         f"{'size':>11}  checks",
     ]
     for job in jobs:
         layers = f"{len(job.layers)} of {job.layers_total}"
         lines.append(
-            f"{job.spec.name:<14}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
+            f"{job.spec.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
     lines += [_policy_line(plan), *_adapted(plan)]

@@ -31,7 +31,7 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from profiles.target import parse_target
-from runners.signature import Signature
+from runners.signature import Dim, Signature
 
 __all__ = ["Job", "Plan", "make_plan", "with_policy"]
 
@@ -119,7 +119,8 @@ class Plan:
     calibration: Calibration
     native_size: int
     drawn_size: int
-    """The side of the recorded runs: the native one, or the legal one nearest to it."""
+    """The side of the recorded runs: what the recipe asks for, else the legal one nearest to the
+    native one."""
     size_step: int
     defaults: dict[str, int | float] = field(default_factory=dict)
 
@@ -200,7 +201,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         jobs=jobs,
         calibration=calibration,
         native_size=native,
-        drawn_size=ranges.side(step).nearest(native),
+        drawn_size=_drawn_size(recipe.calibration_size, native, ranges.side(step)),
         size_step=step,
         defaults=defaults,
     )
@@ -251,6 +252,16 @@ def _ranges(recipe: Recipe, native: int, step: int) -> Ranges:
     if low > high:
         raise SpecError(f"The sizes {low} to {high} are backwards: give the smaller side first.")
     return Ranges(low, min(max(native, low), high), high, recipe.batch)
+
+
+def _drawn_size(asked: int | None, native: int, side: Dim) -> int:
+    """What the recipe asks for, else the legal side that is nearest to the native one."""
+    if asked is not None and not side.legal(asked):
+        raise SpecError(
+            f"--calibration-size {asked} is not among the sides that must work "
+            f"({side.describe()}): use {side.nearest(asked)}."
+        )
+    return asked or side.nearest(native)
 
 
 def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:

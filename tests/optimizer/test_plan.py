@@ -44,6 +44,12 @@ def test_what_the_recipe_leaves_open_is_decided(tiny_model: Path) -> None:
         assert any(job.layers for job in plan.jobs)
 
 
+def test_recorded_runs_are_as_large_as_the_recipe_says(tiny_model: Path) -> None:
+    assert planned(tiny_model).drawn_size == 64
+    assert planned(tiny_model, size_min=72).drawn_size == 72
+    assert planned(tiny_model, calibration_size=40).drawn_size == 40
+
+
 def test_planning_twice_gives_the_same_plan(tiny_model: Path) -> None:
     first = planned(tiny_model, quant="int4")
     again = plan_recipe(first.recipe)[0]
@@ -84,6 +90,7 @@ def test_a_models_own_prompts_are_used_and_too_few_are_named(
         ({"size_min": 60}, "The smallest side 60 is not a multiple of 8, which this model needs: "),
         ({"size_min": 60}, "use 64."),
         ({"size_max": 66}, "use 64."),
+        ({"calibration_size": 36}, "use 40."),
         ({"size_max": 3}, "use 8."),
         ({"size_max": 24}, "The sizes 32 to 24 are backwards: give the smaller side first."),
         ({"profile": "x86-avx9"}, "no profile is called 'x86-avx9'"),

@@ -6,13 +6,14 @@ are encoded first, then denoised, then decoded, and the pictures encoded again.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors
 import safetensors.torch
 import torch
@@ -33,7 +34,7 @@ from optimizer.load import load_module
 from optimizer.plan import Plan
 from optimizer.progress import Progress
 from optimizer.quantize.apply import quantizable_layers
-from optimizer.quantize.covariance import Covariance, observing_covariance
+from optimizer.quantize.covariance import Covariance, in_passes, observing_covariance
 from optimizer.quantize.observe import LayerStatistics, observing
 from optimizer.sizes import LARGE
 from runners.denoisers import FEEDS
@@ -81,15 +82,34 @@ def record_statistics(
 def record_covariances(
     plan: Plan, recorded: Path, partial: Path, out: Path, progress: Progress
 ) -> None:
-    """Write covariances.safetensors: of every layer's inputs, over more runs than the ranges."""
+    """Write covariances*.safetensors: of every layer's inputs, over more runs than the ranges.
+
+    The runs are made several times, for some of the layers each, where memory can't hold all.
+    """
+    prompts = plan.calibration.covariance_prompts
     with loaded_denoiser(plan) as (pipeline, module):
-        layers = quantizable_layers(module)
-        with observing_covariance(module, layers) as covariances:
-            observed = _Observed(covariances, partial)
-            prompts = plan.calibration.covariance_prompts
-            _run_all(plan, pipeline, recorded, prompts, progress, observed)
-    tensors = {name: found.mean for name, found in covariances.items()}
-    safetensors.torch.save_file(tensors, out / "covariances.safetensors")
+        room = int(_SHARE * psutil.virtual_memory().available)
+        passes = in_passes(quantizable_layers(module), room)
+        total = len(passes) * len(prompts)
+        for number, names in enumerate(passes):
+            kept = partial.with_name(f"{partial.name}.{number}") if number else partial
+            after = functools.partial(_counted, progress, number * len(prompts), total)
+            with observing_covariance(module, names) as covariances:
+                observed = _Observed(covariances, kept)
+                _run_all(plan, pipeline, recorded, prompts, after, observed)
+            tensors = {name: found.finished() for name, found in covariances.items()}
+            safetensors.torch.save_file(tensors, out / f"covariances-{number}.safetensors")
+    for number in range(1, len(passes)):
+        partial.with_name(f"{partial.name}.{number}").unlink(missing_ok=True)
+
+
+def _counted(progress: Progress, before: int, total: int, done: float, _part: float) -> None:
+    """Pass on what one of several passes has done."""
+    progress(before + done, total)
+
+
+_SHARE = 0.6
+"""Of the free memory, beside the denoiser, that covariances may take; files are written from it."""
 
 
 class _Observed:
@@ -121,7 +141,10 @@ class _Observed:
         try:
             with safetensors.safe_open(self._partial, "pt") as reader:
                 runs = int(reader.metadata()["runs"])
-                for name, state in _by_layer(reader).items():
+                parts = _by_layer(reader)
+                if parts.keys() != self._found.keys():  # of a machine with another room
+                    return 0
+                for name, state in parts.items():
                     self._found[name].restore(state)
         except (OSError, SafetensorError):
             return 0
@@ -191,11 +214,11 @@ def load_statistics(folder: Path, covariances: Path | None = None) -> dict[str, 
         parts = _by_layer(reader)
     found = {layer: LayerStatistics.from_state(state) for layer, state in parts.items()}
     if covariances is not None:
-        path = covariances / "covariances.safetensors"
-        with safetensors.safe_open(path, "pt") as reader:
-            layers = list(reader.keys())
-        for layer in layers:
-            found[layer].covariance = partial(_load_tensor, path, layer)
+        for path in sorted(covariances.glob("covariances-*.safetensors")):
+            with safetensors.safe_open(path, "pt") as reader:
+                layers = list(reader.keys())
+            for layer in layers:
+                found[layer].covariance = functools.partial(_load_tensor, path, layer)
     return found
 
 

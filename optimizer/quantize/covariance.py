@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Covariance", "observing_covariance"]
+__all__ = ["Covariance", "in_passes", "observing_covariance"]
 
 _WIDEST_PATCH = 2304
 """Columns: 256 channels of a 3x3 kernel; 21 MB."""
@@ -49,6 +49,10 @@ class Covariance:
         """Be what `state` was taken of."""
         self.total, self.count = state["total"], int(state["count"])
 
+    def finished(self) -> Tensor:
+        """The estimate, in the memory that it was collected in."""
+        return self.mean if self.total is None else self.total.div_(self.count)
+
     @property
     def mean(self) -> Tensor:
         """The estimate so far."""
@@ -57,13 +61,44 @@ class Covariance:
         return self.total / self.count
 
 
+def in_passes(layers: Mapping[str, nn.Linear | nn.Conv2d], room: int) -> list[list[str]]:
+    """The layers in groups, in order, whose covariances fit into `room` bytes together.
+
+    One that doesn't fit alone is a group of its own.
+    """
+    passes: list[list[str]] = []
+    left = 0
+    for name, layer in layers.items():
+        needed = 4 * _columns(layer) ** 2
+        if not passes or needed > left:
+            passes.append([])
+            left = room
+        passes[-1].append(name)
+        left -= needed
+    return passes
+
+
+def _columns(layer: nn.Linear | nn.Conv2d) -> int:
+    """Of what a covariance is taken of."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    places = layer.kernel_size[0] * layer.kernel_size[1]
+    return layer.in_channels if _by_channels(layer) else layer.in_channels * places
+
+
+def _by_channels(layer: nn.Conv2d) -> bool:
+    """Whether a patch is too large, or one pixel."""
+    places = layer.kernel_size[0] * layer.kernel_size[1]
+    return places == 1 or places * layer.in_channels > _WIDEST_PATCH
+
+
 def _rows(x: Tensor, layer: nn.Module) -> Tensor:
     """Samples of what the weight's columns (`as_matrix`) are multiplied with [samples, n]."""
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2))
-    places = layer.kernel_size[0] * layer.kernel_size[1]
-    if places == 1 or places * x.shape[1] > _WIDEST_PATCH:
+    if _by_channels(layer):
         return _spread(x.movedim(1, -1).flatten(0, -2))
+    places = layer.kernel_size[0] * layer.kernel_size[1]
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     rows = _spread(patches.movedim(1, -1).flatten(0, -2))
     return rows.view(len(rows), x.shape[1], places).movedim(1, 2).flatten(1)

@@ -117,8 +117,47 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
     observe(plan, recorded, partial, parts, lambda done, _total: seen.append(done))
     runs = {"statistics": 8, "covariances": 24}[kind]
     assert seen == [1, 2, 3, 4, *range(4, runs + 1)], "the run that was cut off is made again"
-    name = f"{kind}.safetensors"
+    name = {"statistics": "statistics.safetensors", "covariances": "covariances-0.safetensors"}[
+        kind
+    ]
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_covariances_of_two_passes_are_those_of_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import load_file
+
+    from optimizer import record
+    from optimizer.compile import plan_recipe
+    from optimizer.recipe import Recipe
+
+    plan, _ = plan_recipe(Recipe(model=str(tiny_model), quant="int4", steps=1))
+    recorded, one, two = (tmp_path / name for name in ("recorded", "one", "two"))
+    for folder in (recorded, one, two):
+        folder.mkdir()
+    record.record(plan, recorded, lambda _done, _total: None)
+    seen: list[float] = []
+
+    def observe(out: Path) -> None:
+        record.record_covariances(
+            plan, recorded, tmp_path / "partial", out, lambda done, total: seen.append(done / total)
+        )
+
+    observe(one)
+    monkeypatch.setattr(record, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(
+        record, "in_passes", lambda layers, _room: [list(layers)[:30], list(layers)[30:]]
+    )
+    observe(two)
+    assert seen[-1] == 1
+    assert [path.name for path in tmp_path.glob("partial*")] == ["partial"], "the store removes it"
+    whole = load_file(one / "covariances-0.safetensors")
+    parts = [load_file(two / f"covariances-{number}.safetensors") for number in (0, 1)]
+    assert len(parts[0]) == 30
+    assert list(whole) == sorted([*parts[0], *parts[1]])
+    for name, covariance in whole.items():
+        assert (covariance == {**parts[0], **parts[1]}[name]).all(), name
 
 
 @pytest.mark.parametrize(

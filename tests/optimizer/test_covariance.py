@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizer.quantize.covariance import Covariance, observing_covariance
+from optimizer.quantize.covariance import Covariance, in_passes, observing_covariance
 from optimizer.quantize.solvers.grid import as_matrix
 
 
@@ -64,3 +64,25 @@ def test_of_a_large_input_evenly_spread_positions_count() -> None:
 def test_a_layer_that_was_never_called_has_none() -> None:
     with pytest.raises(ValueError, match="never called"):
         _ = Covariance().mean
+
+
+def test_passes_hold_all_layers_in_order_within_the_room() -> None:
+    layers = {
+        "small": nn.Linear(4, 9),  # 64 bytes
+        "patch": nn.Conv2d(2, 9, 2),  # 8 columns: 256
+        "pixel": nn.Conv2d(8, 9, 1),  # 256
+        "wide": nn.Conv2d(512, 9, 3),  # by channels: 1 MiB
+    }
+    assert in_passes(layers, 2**30) == [["small", "patch", "pixel", "wide"]]
+    assert in_passes(layers, 512) == [["small", "patch"], ["pixel"], ["wide"]]
+
+
+def test_what_passes_count_is_what_covariances_take() -> None:
+    layers = {"linear": nn.Linear(6, 4), "patch": nn.Conv2d(6, 4, 3), "wide": nn.Conv2d(512, 4, 3)}
+    for name, layer in layers.items():
+        found = Covariance()
+        x = normal(2, 5, 6) if isinstance(layer, nn.Linear) else normal(1, layer.in_channels, 5, 5)
+        found.add(x, layer)
+        needed = 4 * found.finished().numel()
+        assert in_passes({"a": layer, "b": layer}, 2 * needed) == [["a", "b"]], name
+        assert in_passes({"a": layer, "b": layer}, 2 * needed - 1) == [["a"], ["b"]], name

@@ -25,10 +25,11 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
         from optimizer.onnx_modules import load_onnx_module
 
         return load_onnx_module(source, folder)
+    place = source.component_folder(folder)
     cls: Any = component_class(source.component_config(folder))
     dtype = "torch_dtype" if hasattr(cls, "load_config") else "dtype"
     module, report = cls.from_pretrained(
-        source.folder / folder,
+        place,
         local_files_only=True,
         use_safetensors=True,
         variant=source.variant(folder),
@@ -38,8 +39,8 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
     missing = sorted(report["missing_keys"])
     if missing:
         raise SpecError(
-            f"{source.folder / folder} lacks {len(missing)} tensors, the first {missing[0]}: "
-            "download the model again."
+            f"{place} lacks {len(missing)} tensors, the first {missing[0]}: download the model "
+            "again."
         )
     for name, tensor in module.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):

@@ -48,6 +48,8 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     Each holds calls of the component's wrapper, in fp32, on the held-out prompts;
     prompts.safetensors the embeddings of all prompts.
     """
+    if plan.source.vae is not None:
+        load_module(plan.source, "vae")  # what is wrong with it is said before the long runs
     prompts = plan.calibration.all_prompts
     total = len(plan.calibration.held_out) * plan.calibration.steps
     embeddings = _encode(plan, prompts, out)

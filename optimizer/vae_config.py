@@ -93,7 +93,7 @@ def require_known(config: Mapping[str, Any], *, where: str) -> None:
     name = str(config.get("_class_name"))
     if name not in AUTOENCODERS:
         raise SpecError(
-            f"{where} is a {name}, which can't be a VAE here: give an "
+            f"{where} is of class {name}, which can't be a VAE here: give an "
             f"{' or '.join(AUTOENCODERS)} (the _class_name of its config.json)"
         )
     if name == TINY:

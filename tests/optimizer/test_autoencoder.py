@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from optimizer.compile import _Stages, plan_recipe
 from optimizer.load import load_module
 from optimizer.recipe import Recipe, checked
 from optimizer.source import resolve
-from profiles.errors import SpecError
+from profiles.errors import SpecError, UnsupportedError
 from runners.bundle import open_bundle, read_manifest
 from runners.console import Console
 from tests.conftest import HERE, SETTINGS
@@ -170,6 +171,31 @@ def test_a_recipe_with_a_revision_of_nothing_is_refused() -> None:
         checked({"model": "m", "vae_revision": "main"})
     recipe = Recipe(model="m", vae="owner/taesd", vae_revision="main", vae_digest="0")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_an_export_to_onnx_keeps_its_own_vae(tiny_model: Path, taesd: Path) -> None:
+    exported = replace(resolve(str(tiny_model)), kind="onnx")
+    with pytest.raises(UnsupportedError, match="an ONNX export, whose VAE can't be replaced"):
+        with_autoencoder(exported, str(taesd), revision=None)
+
+
+def test_an_export_of_an_autoencoder_tiny_is_refused(taesd: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper
+
+    node = helper.make_node("Identity", ["a"], ["b"])
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "ab"]
+    graph = helper.make_graph([node], "any", values[:1], values[1:])
+    folder = tmp_path / "exported"
+    for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        config = json.loads((taesd / "config.json").read_text()) if "vae" in name else {}
+        write_json(folder / name / "config.json", config)
+        onnx.save(helper.make_model(graph), folder / name / "model.onnx")
+    for name in ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+        write_json(folder / name, {})
+    write_json(folder / "model_index.json", {"_class_name": "ORTStableDiffusionPipeline"})
+    with pytest.raises(UnsupportedError, match="an AutoencoderTiny, whose ONNX export isn't read"):
+        resolve(str(folder))
 
 
 def without_weights(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Another autoencoder in the VAE's place (`--vae`): a folder, or a hub id of one such.
 
-config.json, diffusion_pytorch_model.safetensors
+What is used of it are config.json and the weights beside it, as in a pipeline's own vae folder.
 """
 
 from __future__ import annotations

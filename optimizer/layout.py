@@ -26,8 +26,10 @@ __all__ = [
     "variant_of",
 ]
 
-PIPELINE, AUTOENCODER = "model_index.json", "config.json"
-"""The file that describes a whole pipeline, and that of one autoencoder."""
+PIPELINE = "model_index.json"
+"""The file that describes a whole pipeline."""
+AUTOENCODER = "config.json"
+"""The file that describes one autoencoder."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 """Endings of files that run code when they are loaded carelessly."""

@@ -16,6 +16,7 @@ from optimizer.compile import _Stages, plan_recipe
 from optimizer.load import load_module
 from optimizer.recipe import Recipe, checked
 from optimizer.source import resolve
+from optimizer.unpickle import main as unpickle_main
 from profiles.errors import SpecError, UnsupportedError
 from runners.bundle import open_bundle, read_manifest
 from runners.console import Console
@@ -257,6 +258,18 @@ def test_what_cannot_stand_there_is_refused_in_the_plan(
     ended = kiln("compile", tiny_model, "--vae", copy, "--dry-run")
     assert ended.code == 2
     assert words.format(copy=copy) in ended.sentence
+
+
+def test_pickled_weights_are_converted_as_the_refusal_says(tiny_model: Path, copy: Path) -> None:
+    import safetensors.torch
+    import torch
+
+    weights = safetensors.torch.load_file(copy / WEIGHTS)
+    without_weights(copy)
+    torch.save(weights, copy / "diffusion_pytorch_model.bin")
+    assert unpickle_main([str(copy)]) == 0
+    module = load_module(resolved(tiny_model, copy), "vae")
+    assert set(module.state_dict()) == set(weights)
 
 
 @pytest.mark.parametrize(

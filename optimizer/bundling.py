@@ -13,15 +13,18 @@ from typing import Any
 
 import psutil
 
+from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
+from optimizer.source import ModelSource
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
 from profiles.hardware import Hardware
 from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line, read_manifest
 from runners.manifest import (
     SCHEMA,
+    AutoencoderEntry,
     ComponentEntry,
     FileEntry,
     Manifest,
@@ -187,12 +190,13 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
         kiln=kiln_version(),
         key=made.key,
         model=ModelEntry(
-            name=source.name if source.kind == "hub" else Path(source.name).resolve().name,
+            name=_name(source),
             revision=source.revision,
             digest=source.digest,
             family=source.family,
             pipeline_class=source.pipeline_class,
             settings=source.settings,
+            vae=source.vae and _autoencoder(source.vae),
         ),
         native_size=plan.native_size,
         size_step=plan.size_step,
@@ -210,9 +214,23 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
     )
 
 
+def _name(source: ModelSource | AutoencoderSource) -> str:
+    return source.name if source.kind == "hub" else Path(source.name).resolve().name
+
+
+def _autoencoder(source: AutoencoderSource) -> AutoencoderEntry:
+    return AutoencoderEntry(
+        name=_name(source),
+        revision=source.revision,
+        digest=source.digest,
+        class_name=source.class_name,
+    )
+
+
 def _portable(plan: Plan) -> dict[str, Any]:
-    """The recipe as data; a model on disk is named by its last part, never by a machine's path."""
+    """The recipe as data; what is on disk is named by its last part, never by a machine's path."""
     recipe = plan.recipe.model_dump(mode="json")
-    if plan.source.kind != "hub" and Path(plan.source.name).is_absolute():
-        recipe["model"] = Path(plan.source.name).name
+    for field, source in (("model", plan.source), ("vae", plan.source.vae)):
+        if source is not None and source.kind != "hub" and Path(source.name).is_absolute():
+            recipe[field] = Path(source.name).name
     return recipe

@@ -21,6 +21,8 @@ __all__ = ["analyze_command", "compile_command"]
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
+@click.option("--vae", metavar="DIR", help="Autoencoder for the model's own: a folder or hub id.")
+@click.option("--vae-revision", help="Commit, tag or branch of a hub autoencoder.")
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
@@ -61,6 +63,8 @@ def compile_command(
     as_json: bool,  # noqa: FBT001
     verbose: bool,  # noqa: FBT001
     revision: str | None,
+    vae: str | None,
+    vae_revision: str | None,
     quant: str | None,
     solver: str | None,
     budget: str | None,
@@ -82,6 +86,8 @@ def compile_command(
     given = {
         "model": model,
         "revision": revision,
+        "vae": vae,
+        "vae_revision": vae_revision,
         "quant": quant,
         "solver": solver,
         "budget": budget,
@@ -162,7 +168,7 @@ def analyze_command(
 
 
 def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
-    from optimizer.known_models import remembered
+    from optimizer.known_models import remembered, remembered_autoencoder
     from optimizer.recipe import checked, load_recipe
 
     if file is None:
@@ -172,8 +178,12 @@ def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
             )
         return checked(given)
     written = load_recipe(file).model_dump(mode="json")
-    if "model" not in given and not Path(written["model"]).exists() and written["digest"]:
-        written["model"] = remembered(written["digest"]) or written["model"]
+    for name, digest, place in (
+        ("model", "digest", remembered),
+        ("vae", "vae_digest", remembered_autoencoder),
+    ):
+        if name not in given and written[digest] and not Path(written[name]).exists():
+            written[name] = place(written[digest]) or written[name]
     return checked({**written, **given})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer import bundling
+from optimizer.autoencoder import with_autoencoder
 from optimizer.backends import backend
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
@@ -58,6 +59,8 @@ def plan_recipe(
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
     source = resolve(recipe.model, revision=recipe.revision, console=console)
+    if recipe.vae is not None:
+        source = with_autoencoder(source, recipe.vae, revision=recipe.vae_revision, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
@@ -141,31 +144,40 @@ class Observed:
     covariances: Path | None
 
 
+_NAMES = {"model", "digest", "vae", "vae_digest"}
+"""Of a recipe: what the stages' keys say by files' digests."""
+
+
 class _Stages:
-    """The stages of one plan: a key, a title and a worker function each."""
+    """The stages of one plan: a key, a title and a worker function each.
+
+    Where another autoencoder takes the VAE's place, all that it can't change is found again.
+    """
 
     def __init__(self, plan: Plan, hardware: Hardware, console: Console) -> None:
         self._plan, self._hardware, self._console = plan, hardware, console
         self.store = Store()
         self._machine = hardware.cpu.model_dump(mode="json")
+        self._vae = {"vae": plan.source.vae.digest} if plan.source.vae else {}
         self._runs = {
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
             "size": plan.drawn_size,
             "tools": versions((*TORCH, "onnxruntime") if plan.source.kind == "onnx" else TORCH),
+            **({} if plan.draws_from_text else self._vae),
         }
 
     @property
     def bundle_key(self) -> str:
         """The digest of everything that the bundle is made from."""
         jobs = {job.spec.name: self._prepare_key(job) for job in self._plan.jobs}
-        recipe = self._plan.recipe.model_dump(mode="json", exclude={"model", "digest"})
+        recipe = self._plan.recipe.model_dump(mode="json", exclude=_NAMES)
         backends = versions(sorted({backend(job.backend).library for job in self._plan.jobs}))
         return digest({"jobs": jobs, "recipe": recipe, "on": self._machine, "with": backends})
 
     def record(self) -> Path:
         """Held-out denoising runs in fp32."""
-        key = {**self._runs, "what": "held-out"}
+        key = {**self._runs, **self._vae, "what": "held-out"}
         return self._run("record", "Record fp32 runs", key, "optimizer.record:record", ())
 
     def of(self, plan: Plan) -> _Stages:
@@ -251,6 +263,7 @@ class _Stages:
         form = backend(job.backend).form
         return {
             **self._runs,
+            **(self._vae if job.spec.role.startswith("vae") else {}),
             "component": job.spec.name,
             "policy": job.policy.model_dump(mode="json"),
             "signature": job.signature.model_dump(mode="json"),

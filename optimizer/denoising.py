@@ -15,8 +15,6 @@ import diffusers
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor, nn
 
@@ -86,7 +84,7 @@ def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
     source = plan.source
     cls = getattr(diffusers, source.pipeline_class)
     repaints = "mask_image" in inspect.signature(cls.__call__).parameters
-    encoder = load_module(source, "vae") if repaints else None
+    encoder = _vae_encoder(plan) if repaints else None
     scheduler = source.component_config("scheduler")
     parts: dict[str, Any] = {
         "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
@@ -106,25 +104,25 @@ def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
     return pipeline
 
 
+def _vae_encoder(plan: Plan) -> nn.Module:
+    [spec] = [spec for spec in plan.family.components if spec.role == "vae_encoder"]
+    return WRAPPERS[spec.wrapper](load_module(plan.source, spec.folder))
+
+
 class _Undecoded(VaeAdapter):
-    """Keeps the latents that a pipeline would have decoded; encodes where there is a VAE."""
+    """Keeps the latents that a pipeline would have decoded; encodes where there is an encoder."""
 
     latents: Tensor
 
-    def __init__(self, config: dict[str, Any], vae: nn.Module | None) -> None:
+    def __init__(self, config: dict[str, Any], encoder: nn.Module | None) -> None:
         super().__init__(config, encoder=_absent, decoder=_absent)
-        self._halved = None if vae is None else WRAPPERS["vae_encoder"](vae)
+        self._wrapped = encoder
 
     @torch.no_grad()
-    def encode(
-        self,
-        x: Tensor,
-        return_dict: bool = True,  # noqa: FBT001, FBT002 (diffusers' signature)
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """As the VAE does."""
-        assert self._halved is not None
-        distribution = DiagonalGaussianDistribution(*self._halved(x))
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+    def _encode(self, x: Tensor) -> Tensor:
+        assert self._wrapped is not None
+        found: Tensor = self._wrapped(x)[0]
+        return found
 
     def decode(
         self,

@@ -50,6 +50,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     """The plan for --dry-run --json."""
     return {
         "model": plan.source.name,
+        "vae": plan.source.vae and plan.source.vae.name,
         "family": plan.family.name,
         "profile": plan.profile.name,
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -81,6 +82,7 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.source.name}: {plan.family.title}, {plan.native_size} px; "
         f"profile {plan.profile.name}",
+        *_autoencoder(plan),
         f"sides {recipe.size_min} to {recipe.size_max} px in steps of {plan.size_step}, "
         f"{recipe.batch} pictures at once",
         f"{'component':<{width}}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
@@ -169,6 +171,11 @@ def _quality(manifest: Manifest) -> str:
         exact = entry.sqnr_db == EXACT_DB
         parts.append("equal to fp32" if exact else f"{entry.sqnr_db:.1f} dB SQNR to fp32")
     return ", ".join(parts)
+
+
+def _autoencoder(plan: Plan) -> list[str]:
+    vae = plan.source.vae
+    return [] if vae is None else [f"vae {vae.name} ({vae.class_name}), not the model's own"]
 
 
 def _policy_line(plan: Plan) -> str:

@@ -7,7 +7,6 @@ which happens in here on first use.
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from optimizer.hub_files import HubFile, HubFolder, byte_text, require_free
 from optimizer.known_models import licence_of, remember_licence
-from optimizer.layout import choose_files
+from optimizer.layout import PIPELINE, chosen_by, described_by, require_described
+from optimizer.source import read_json
 from profiles.errors import DiskFullError, KilnError, MissingError, PartialError, SpecError
 from runners.console import Console
 
@@ -44,17 +44,24 @@ class HubModel:
         return self.folder.name
 
 
-def fetch(model: str, *, revision: str | None, console: Console | None = None) -> HubModel:
+def fetch(
+    model: str,
+    *,
+    revision: str | None,
+    accepted: Sequence[str] = (PIPELINE,),
+    console: Console | None = None,
+) -> HubModel:
     """Download what is missing of a hub model, with a progress bar on `console`.
 
-    Where the hub can't be reached, what the cache has of it is used, and `console` says so. Raises
-    `SpecError` for an unknown or gated model or revision, `MissingError` where neither hub nor
-    cache has it, `PartialError` where the connection was lost, `DiskFullError`.
+    `accepted` are the files that may describe it: a pipeline's, an autoencoder's. Where the hub
+    can't be reached, what the cache has of it is used, and `console` says so. Raises `SpecError`
+    for an unknown or gated model or revision, `MissingError` where neither hub nor cache has it,
+    `PartialError` where the connection was lost, `DiskFullError`.
     """
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return _cached(model, revision=revision, why="HF_HUB_OFFLINE is set")
+        return _cached(model, accepted, revision=revision, why="HF_HUB_OFFLINE is set")
     console = console or Console()
     with _explained(model, revision):
         try:
@@ -63,18 +70,25 @@ def fetch(model: str, *, revision: str | None, console: Console | None = None) -
             if not _is_about_network(error):
                 raise
             why = f"the hub cannot be reached ({type(error).__name__})"
-            found = _cached(model, revision=revision, why=why)
+            found = _cached(model, accepted, revision=revision, why=why)
             console.info(f"{model}: {why}; what its cache has is used")
             return found
-        return _download(model, info, revision=revision, console=console)
+        return _download(model, info, accepted, revision=revision, console=console)
 
 
-def _download(model: str, info: ModelInfo, *, revision: str | None, console: Console) -> HubModel:
+def _download(
+    model: str,
+    info: ModelInfo,
+    accepted: Sequence[str],
+    *,
+    revision: str | None,
+    console: Console,
+) -> HubModel:
     from huggingface_hub import constants, snapshot_download
 
     folder = HubFolder(model, str(info.sha))
     files = [_as_hub_file(sibling) for sibling in info.siblings or []]
-    used = _choose(folder, [file.name for file in files])
+    used = _choose(folder, [file.name for file in files], accepted)
     missing = folder.missing(file for file in files if file.name in used)
     wanted = sum(file.size for file in missing)
     new = wanted - sum(folder.arrived_bytes(file) for file in missing)
@@ -90,19 +104,17 @@ def _download(model: str, info: ModelInfo, *, revision: str | None, console: Con
     return HubModel(model, Path(snapshot), licence, new)
 
 
-def _choose(folder: HubFolder, names: list[str]) -> list[str]:
-    """The used ones of a model's files, by its model_index.json."""
+def _choose(folder: HubFolder, names: list[str], accepted: Sequence[str]) -> list[str]:
+    """The used ones of a model's files, by the one that describes it."""
     from huggingface_hub import hf_hub_download
 
-    if "model_index.json" not in names:
-        raise SpecError(
-            f"the hub model {folder.model} is not a diffusers pipeline: it has no "
-            "model_index.json; download its .safetensors checkpoint and give that file"
-        )
+    where = f"the hub model {folder.model}"
+    marker = described_by(names, accepted=accepted, where=where)
     # by its commit: what the cache knows a branch as stays until all of the new one is here
-    path = hf_hub_download(folder.model, "model_index.json", revision=folder.commit)
-    index = json.loads(Path(path).read_bytes())
-    return choose_files(names, index=index, where=f"the hub model {folder.model}")
+    path = hf_hub_download(folder.model, marker, revision=folder.commit)
+    document = read_json(Path(path))
+    require_described(marker, document, accepted=accepted, where=where)
+    return chosen_by(marker, names, document=document, where=where)
 
 
 def _receive(
@@ -146,7 +158,7 @@ def _licence(info: ModelInfo) -> str | None:
     return ", ".join(named) or None
 
 
-def _cached(model: str, *, revision: str | None, why: str) -> HubModel:
+def _cached(model: str, accepted: Sequence[str], *, revision: str | None, why: str) -> HubModel:
     """What the cache has of a model; MissingError where that isn't all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -156,7 +168,7 @@ def _cached(model: str, *, revision: str | None, why: str) -> HubModel:
     try:
         # with all files asked for, a folder that holds only the used ones counts as incomplete
         snapshot = snapshot_download(
-            model, revision=revision, local_files_only=True, allow_patterns=["model_index.json"]
+            model, revision=revision, local_files_only=True, allow_patterns=[PIPELINE]
         )
     except LocalEntryNotFoundError as error:
         raise MissingError(
@@ -165,9 +177,12 @@ def _cached(model: str, *, revision: str | None, why: str) -> HubModel:
         ) from error
     folder = Path(snapshot)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index = json.loads((folder / "model_index.json").read_bytes())
+    where = f"the hub's cache of {model}"
+    marker = described_by(names, accepted=accepted, where=where)
+    document = read_json(folder / marker)
+    require_described(marker, document, accepted=accepted, where=where)
     try:
-        choose_files(names, index=index, where=f"the hub's cache of {model}")
+        chosen_by(marker, names, document=document, where=where)
     except SpecError as error:
         lacks = str(error).partition(":")[0]
         raise MissingError(f"{lacks}, and {why}: {run}") from error

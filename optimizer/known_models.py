@@ -25,6 +25,7 @@ __all__ = [
     "remember_bundle",
     "remember_licence",
     "remembered",
+    "remembered_autoencoder",
     "seen_bundles",
     "seen_models",
 ]
@@ -41,7 +42,10 @@ class SeenModel:
 
 
 def remember(source: ModelSource) -> None:
-    """Note where a model on disk lies; a cache that can't be written is no error here."""
+    """Note where a model on disk, and an autoencoder beside it, lie.
+
+    A cache that can't be written is no error here.
+    """
     if source.kind != "hub":
         path = Path(source.name).expanduser().absolute()
         document = {
@@ -51,11 +55,23 @@ def remember(source: ModelSource) -> None:
             "family": source.family,
         }
         _write("known_models", source.digest, document)
+    if source.vae is not None and source.vae.kind != "hub":
+        place = str(Path(source.vae.name).expanduser().absolute())
+        _write("known_autoencoders", source.vae.digest, {"path": place})
 
 
 def remembered(digest: str) -> str | None:
     """The path where the model of this digest was last seen, if something still lies there."""
-    path = _read("known_models", digest).get("path")
+    return _place("known_models", digest)
+
+
+def remembered_autoencoder(digest: str) -> str | None:
+    """The same of an autoencoder that was given beside a model."""
+    return _place("known_autoencoders", digest)
+
+
+def _place(kind: str, digest: str) -> str | None:
+    path = _read(kind, digest).get("path")
     return str(path) if path and Path(str(path)).exists() else None
 
 

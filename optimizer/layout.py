@@ -6,13 +6,30 @@ The names come from a folder or from the hub's listing, so that nothing else is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from optimizer import families
+from optimizer.vae_config import AUTOENCODERS, completed, require_known
 from profiles.errors import SpecError, UnsupportedError
 
-__all__ = ["PICKLES", "choose_files", "family_of", "known_families", "variant_of"]
+__all__ = [
+    "AUTOENCODER",
+    "PICKLES",
+    "PIPELINE",
+    "choose_files",
+    "chosen_by",
+    "described_by",
+    "family_of",
+    "known_families",
+    "require_described",
+    "variant_of",
+]
+
+PIPELINE = "model_index.json"
+"""The file that describes a whole pipeline."""
+AUTOENCODER = "config.json"
+"""The file that describes one autoencoder."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 """Endings of files that run code when they are loaded carelessly."""
@@ -58,6 +75,57 @@ def variant_of(file: str) -> str | None:
     """Return the variant that a weight file's name states, such as "fp16", or None."""
     match = _WEIGHTS.fullmatch(file)
     return (match["variant"] or match["late_variant"]) if match else None
+
+
+def described_by(names: Collection[str], *, accepted: Sequence[str], where: str) -> str:
+    """Return the first of the `accepted` describing files that is among a folder's names.
+
+    Raises `SpecError` where none is there; `where` says what the folder is called.
+    """
+    for marker in accepted:
+        if marker in names:
+            return marker
+    if PIPELINE in accepted:
+        also = ", and an autoencoder is given with --vae" if AUTOENCODER in names else ""
+        raise SpecError(f"{_no_pipeline(where)}{also}")
+    seen, what = f"no autoencoder: it has no {AUTOENCODER}", "a folder that has it"
+    if PIPELINE in names:
+        seen, what = "a whole pipeline", "its folder vae"
+    raise SpecError(f"{where} is {seen}; give {what}, or the hub id of an autoencoder alone")
+
+
+def require_described(
+    marker: str, document: Mapping[str, Any], *, accepted: Sequence[str], where: str
+) -> None:
+    """Raise `SpecError` where the `document` in a `marker` file is of no autoencoder that is known.
+
+    That of a pipeline is looked into when its files are chosen.
+    """
+    if marker == PIPELINE:
+        return
+    if PIPELINE in accepted and document.get("_class_name") not in AUTOENCODERS:
+        raise SpecError(_no_pipeline(where))
+    require_known(completed(document, where=where), where=where)
+
+
+def _no_pipeline(where: str) -> str:
+    return (
+        f"{where} is not a diffusers pipeline: it has no {PIPELINE}; download its .safetensors "
+        "checkpoint and give that file"
+    )
+
+
+def chosen_by(
+    marker: str, names: Iterable[str], *, document: Mapping[str, Any], where: str
+) -> list[str]:
+    """Return the used ones of a folder's names; `document` is what its `marker` file holds.
+
+    Raises what `choose_files` raises.
+    """
+    if marker == PIPELINE:
+        return choose_files(names, index=document, where=where)
+    inside = [name for name in names if "/" not in name]
+    return sorted([AUTOENCODER, *_choose_weights(inside, "the autoencoder", where)])
 
 
 def choose_files(names: Iterable[str], *, index: Mapping[str, Any], where: str) -> list[str]:

@@ -18,28 +18,36 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
     """The module in one folder of the model: fp32, eval mode, no gradients.
 
     Loaded by the library's own from_pretrained, so that older parameter names are understood.
-    Raises SpecError where tensors are missing or hold a NaN or infinity. Where the model is there
+    Raises SpecError where tensors are missing, of other shapes than the config says, or hold a NaN
+    or infinity. Where the model is there
     as ONNX only, what comes back runs the graph.
     """
     if source.kind == "onnx":
         from optimizer.onnx_modules import load_onnx_module
 
         return load_onnx_module(source, folder)
+    place = source.component_folder(folder)
     cls: Any = component_class(source.component_config(folder))
     dtype = "torch_dtype" if hasattr(cls, "load_config") else "dtype"
-    module, report = cls.from_pretrained(
-        source.folder / folder,
-        local_files_only=True,
-        use_safetensors=True,
-        variant=source.variant(folder),
-        output_loading_info=True,
-        **{dtype: torch.float32},
-    )
+    try:
+        module, report = cls.from_pretrained(
+            place,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=source.variant(folder),
+            output_loading_info=True,
+            **{dtype: torch.float32},
+        )
+    except ValueError as error:  # diffusers' own word for shapes and configs that don't fit
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise SpecError(
+            f"{place} has weights and a config.json that don't fit: {reason}; download both again."
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise SpecError(
-            f"{source.folder / folder} lacks {len(missing)} tensors, the first {missing[0]}: "
-            "download the model again."
+            f"{place} lacks {len(missing)} tensors, the first {missing[0]}: download the model "
+            "again."
         )
     for name, tensor in module.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):

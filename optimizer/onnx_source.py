@@ -23,6 +23,7 @@ from optimizer.digests import sha256_file
 from optimizer.families.base import Family, Ranges
 from optimizer.layout import family_of
 from optimizer.store import Store
+from optimizer.vae_config import TINY
 from profiles.errors import SpecError, UnsupportedError
 from runners.signature import Signature, TensorSpec
 
@@ -111,6 +112,11 @@ def _write(folder: Path, known: Family, plain: str, files: Mapping[str, Path], o
     configs: dict[str, dict[str, Any]] = {}
     for spec in known.components:
         configs[spec.folder] = _read_config(folder / spec.name / "config.json")
+    if configs["vae"].get("_class_name") == TINY:
+        raise UnsupportedError(
+            f"{folder} has an {TINY}, whose ONNX export isn't read: compile from the model that it "
+            "was exported from."
+        )
     signatures = wide_signatures(known, configs)
     parameters: dict[str, dict[str, tuple[int, ...]]] = {}
     factor = 1

@@ -18,6 +18,7 @@ from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.parts import with_vae
 from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
 from optimizer.quantize.budget import require_reachable
@@ -27,6 +28,7 @@ from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
 from optimizer.sizes import layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
+from optimizer.vae_config import require_known
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
@@ -130,6 +132,11 @@ class Plan:
         return self.recipe.quant == AUTO and self.recipe.policy is None
 
     @property
+    def draws_from_text(self) -> bool:
+        """Whether the recorded runs start from noise and text alone; else the VAE encodes too."""
+        return self.source.pipeline_class == self.family.pipeline_classes[0]
+
+    @property
     def denoiser(self) -> Job:
         """The job of the component in this role."""
         return next(job for job in self.jobs if job.spec.role == "denoiser")
@@ -148,11 +155,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
 
     Raises SpecError for illegal ranges, UnsupportedError for what backend or machine can't do.
     """
-    if recipe.digest not in (None, source.digest):
-        raise SpecError(
-            f"{source.name} isn't the model that the recipe was made for (its files differ): give "
-            "the right MODEL, or remove `digest` from the recipe."
-        )
+    _require_digests(recipe, source)
     known = family_named(source.family)
     if source.kind == "onnx":
         known = as_exported(known)
@@ -160,6 +163,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         folder: source.component_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)
     }
+    require_known(configs["vae"], where=f"the VAE of {source.name}")
+    known = with_vae(known, configs["vae"])
     native, step = known.native_size(configs), known.size_step(configs) * source.side_factor
     backend = recipe.backend or profile.backends[0]
     dtype = _dtype(recipe, backend, profile, hardware)
@@ -184,6 +189,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "steps": steps,
             "revision": source.revision,
             "digest": source.digest,
+            "vae_revision": source.vae and source.vae.revision,
+            "vae_digest": source.vae and source.vae.digest,
         }
     )
     signatures = {
@@ -210,6 +217,20 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         wanted = parse_budget(resolved.budget, 4 * job.parameters)
         require_reachable(wanted, job.least_bytes, 4 * job.parameters)
     return plan
+
+
+def _require_digests(recipe: Recipe, source: ModelSource) -> None:
+    """Raise SpecError where the files aren't those that the recipe was made for."""
+    if recipe.digest not in (None, source.digest):
+        raise SpecError(
+            f"{source.name} isn't the model that the recipe was made for (its files differ): give "
+            "the right MODEL, or remove `digest` from the recipe."
+        )
+    if source.vae is not None and recipe.vae_digest not in (None, source.vae.digest):
+        raise SpecError(
+            f"{source.vae.name} isn't the autoencoder that the recipe was made for (its files "
+            "differ): give the right one with --vae, or remove `vae_digest` from the recipe."
+        )
 
 
 def with_policy(plan: Plan, policy: Policy) -> Plan:
@@ -314,7 +335,7 @@ def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:
         if name.startswith(spec.prefixes)
     }
     if not shapes:
-        raise SpecError(f"{source.folder / spec.folder} has no weights for {spec.name}.")
+        raise SpecError(f"{source.component_folder(spec.folder)} has no weights for {spec.name}.")
     return shapes
 
 

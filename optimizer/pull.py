@@ -23,9 +23,12 @@ def pull_command(
     revision: str | None,
     as_json: bool,  # noqa: FBT001
 ) -> None:
-    """Download what kiln uses of the hub model MODEL; cut off, it goes on where it stopped."""
+    """Download what kiln uses of the hub model or autoencoder MODEL; cut off, it goes on where it
+    stopped.
+    """
     quiet_libraries()
     from optimizer.hub import fetch
+    from optimizer.layout import AUTOENCODER, PIPELINE
 
     if Path(model).expanduser().exists():
         raise SpecError(
@@ -33,7 +36,8 @@ def pull_command(
             "such as owner/name"
         )
     console, start = Console(json_output=as_json), time.monotonic()
-    found = fetch(model, revision=revision, console=console)
+    accepted = (PIPELINE, AUTOENCODER)
+    found = fetch(model, revision=revision, accepted=accepted, console=console)
     document = {
         "model": model,
         "revision": found.revision,
@@ -47,15 +51,21 @@ def pull_command(
 
 
 def _described(model: str, folder: Path) -> dict[str, Any]:
-    """The family of a folder and its used files, which are seen to be whole."""
+    """The family of a folder, None of an autoencoder's, and its used files, seen to be whole."""
+    from optimizer.autoencoder import inspect_autoencoder
+    from optimizer.layout import PIPELINE
     from optimizer.source import inspect_folder
 
-    found = inspect_folder(folder, name=model)
+    family = None
+    if (folder / PIPELINE).is_file():
+        family, class_name, used = inspect_folder(folder, name=model)
+    else:
+        used, class_name = inspect_autoencoder(folder, name=model)
     return {
-        "family": found.family,
-        "pipeline_class": found.pipeline_class,
-        "files": len(found.used),
-        "bytes": sum((folder / name).stat().st_size for name in found.used),
+        "family": family,
+        "pipeline_class": class_name,
+        "files": len(used),
+        "bytes": sum((folder / name).stat().st_size for name in used),
     }
 
 
@@ -63,8 +73,9 @@ def _text(found: dict[str, Any]) -> str:
     from optimizer.families import family
     from optimizer.hub_files import byte_text
 
+    what = family(found["family"]).title if found["family"] else found["pipeline_class"]
     licence = f"licence {found['licence']}" if found["licence"] else "its card names no licence"
     return (
-        f"{found['model']} at {found['revision'][:12]} ({family(found['family']).title}), "
+        f"{found['model']} at {found['revision'][:12]} ({what}), "
         f"{licence}\n{found['files']} files, {byte_text(found['bytes'])} in {found['folder']}"
     )

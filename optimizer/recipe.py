@@ -30,6 +30,11 @@ class Recipe(BaseModel):
     revision: str | None = None
     digest: str | None = None
     """Of the model's files, where it is known: another model is then refused."""
+    vae: str | None = None
+    """An autoencoder in the place of the model's own: a folder or a hub id."""
+    vae_revision: str | None = None
+    vae_digest: str | None = None
+    """Of the autoencoder's files, where it is known: another one is then refused."""
     quant: str | None = None
     solver: str | None = None
     """How codes are found; by default what suits the level."""
@@ -98,6 +103,12 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"--size-range {self.size_min}:{self.size_max} is backwards: the smaller side first"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _autoencoder(self) -> Self:
+        if self.vae is None and (self.vae_revision or self.vae_digest):
+            raise ValueError("--vae-revision needs --vae, whose hub id it belongs to")
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ def record(plan: Plan, out: Path, progress: Progress) -> None:
     Each holds calls of the component's wrapper, in fp32, on the held-out prompts;
     prompts.safetensors the embeddings of all prompts.
     """
+    if plan.source.vae is not None:
+        load_module(plan.source, "vae")  # what is wrong with it is said before the long runs
     prompts = plan.calibration.all_prompts
     total = len(plan.calibration.held_out) * plan.calibration.steps
     embeddings = _encode(plan, prompts, out)
@@ -276,12 +278,13 @@ def _calls(plan: Plan, denoiser: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 @torch.inference_mode()
 def _record_vae(plan: Plan, latents: list[Tensor], out: Path) -> None:
-    decoder = WRAPPERS["vae_decoder"](load_module(plan.source, "vae"))
-    decoded = [((latent,), decoder(latent)) for latent in latents]
-    _save(decoded, out / "vae_decoder.safetensors")
-    encoder = WRAPPERS["vae_encoder"](load_module(plan.source, "vae"))
-    images = [outputs[0].clamp(-1, 1) for _, outputs in decoded]
-    _save([((image,), encoder(image)) for image in images], out / "vae_encoder.safetensors")
+    specs = {spec.role: spec for spec in plan.family.components}
+    inputs = latents
+    for spec in (specs["vae_decoder"], specs["vae_encoder"]):
+        half = WRAPPERS[spec.wrapper](load_module(plan.source, spec.folder))
+        calls = [((given,), half(given)) for given in inputs]
+        _save(calls, out / f"{spec.name}.safetensors")
+        inputs = [outputs[0].clamp(-1, 1) for _, outputs in calls]  # pictures, then encoded
 
 
 def _save(calls: list[tuple[Any, Any]], path: Path) -> None:

@@ -11,20 +11,32 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
 from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
 from optimizer.store import ENTRY_NAME, Store
+from optimizer.vae_config import completed
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
 from runners.console import Console
 
-__all__ = ["Inspected", "ModelSource", "SourceKind", "inspect_folder", "resolve"]
+if TYPE_CHECKING:
+    from optimizer.autoencoder import AutoencoderSource
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+__all__ = [
+    "HUB_ID",
+    "Inspected",
+    "ModelSource",
+    "SourceKind",
+    "inspect_folder",
+    "read_json",
+    "resolve",
+]
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""How an id of a hub model looks."""
 
 SourceKind = Literal["folder", "hub", "single-file", "onnx"]
 """What the user gave; "onnx" is a folder that holds graphs and no torch weights."""
@@ -48,36 +60,52 @@ class ModelSource:
     """Of model_index.json."""
     files: Mapping[str, FileDigest]
     """Every file of the folder that is used, by its relative posix path."""
+    vae: AutoencoderSource | None = None
+    """In the place of the model's own VAE."""
 
     @property
     def digest(self) -> str:
-        """The digest of all used files: the same wherever the folder lies."""
+        """The digest of all used files: the same wherever the folder lies; of the model's own."""
         return digest({name: [file.size, file.sha256] for name, file in self.files.items()})
 
     @property
     def settings(self) -> dict[str, Any]:
         """What model_index.json says of the pipeline beside its parts."""
-        index = _read_json(self.folder / "model_index.json")
+        index = read_json(self.folder / "model_index.json")
         return {
             name: value
             for name, value in index.items()
             if not name.startswith("_") and (value is None or isinstance(value, str | int | float))
         }
 
+    def component_folder(self, name: str) -> Path:
+        """Return where a component's config and weights lie."""
+        return self.vae.folder if self.vae and name == _VAE else self.folder / name
+
     def component_config(self, name: str) -> dict[str, Any]:
-        """Return the config of a component's folder, such as "unet" or "scheduler"."""
+        """Return the config of a component's folder, such as "unet" or "scheduler".
+
+        A VAE's has all keys that pipelines read.
+        """
+        folder, inside = self.component_folder(name), self._inside(name)
         for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):
-            if f"{name}/{file}" in self.files:
-                return _read_json(self.folder / name / file)
-        raise SpecError(f"{self.folder / name} has no config.json: download the model again")
+            if file in inside:
+                config = read_json(folder / file)
+                return completed(config, where=str(folder)) if name == _VAE else config
+        raise SpecError(f"{folder} has no config.json: download the model again")
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """Return the safetensors files of a component's folder, shards in order."""
-        return tuple(
-            self.folder / name
-            for name in sorted(self.files)
-            if name.startswith(f"{component}/") and name.endswith(".safetensors")
-        )
+        folder = self.component_folder(component)
+        inside = self._inside(component)
+        return tuple(folder / name for name in inside if name.endswith(".safetensors"))
+
+    def _inside(self, component: str) -> list[str]:
+        """The used files of a component's folder, by their names in it."""
+        if self.vae and component == _VAE:
+            return sorted(self.vae.files)
+        prefix = f"{component}/"
+        return sorted(name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
 
     def variant(self, component: str) -> str | None:
         """Return the variant ("fp16") to ask `from_pretrained` for, or None."""
@@ -88,18 +116,22 @@ class ModelSource:
         """How many of its family's steps a side must be a multiple of: graphs may take fewer."""
         if self.kind != "onnx":
             return 1
-        return int(_read_json(self.folder / ABOUT)["side_factor"])
+        return int(read_json(self.folder / ABOUT)["side_factor"])
 
     def parameters(self, component: str) -> dict[str, Parameter]:
         """Return shape and type of every parameter of a component, as its files name them."""
         if self.kind == "onnx":
-            shapes = _read_json(self.folder / component / "parameters.json")
+            shapes = read_json(self.folder / component / "parameters.json")
             return {name: Parameter(tuple(shape), "fp32") for name, shape in shapes.items()}
         return {
             name: parameter
             for path in self.weight_files(component)
             for name, parameter in read_header(path).items()
         }
+
+
+_VAE = "vae"
+"""The folder of the autoencoder in every family's pipelines."""
 
 
 def resolve(
@@ -128,7 +160,7 @@ def resolve(
 
         folder = convert(path, store or Store())
         return _source(folder, name=model, kind="single-file", revision=None)
-    if not _HUB_ID.fullmatch(model) or path.suffix in (*PICKLES, ".safetensors"):
+    if not HUB_ID.fullmatch(model) or path.suffix in (*PICKLES, ".safetensors"):
         raise SpecError(
             f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
             ".safetensors checkpoint, or a hub id such as owner/name"
@@ -184,7 +216,7 @@ def _source(folder: Path, *, name: str, kind: SourceKind, revision: str | None) 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if (folder / "model_index.json").is_file():
-        return _read_json(folder / "model_index.json")
+        return read_json(folder / "model_index.json")
     if (folder / "manifest.json").is_file():
         raise SpecError(
             f"{folder} is a kiln bundle: give the model that it was made from, which `kiln inspect "
@@ -197,14 +229,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _hint(folder: Path) -> str:
     if (folder / "config.json").is_file():
-        return f"it may be one component: give the whole model, such as {folder.parent}"
+        return (
+            f"it may be one component: give the whole model, such as {folder.parent}, and an "
+            "autoencoder with --vae"
+        )
     checkpoints = sorted(path.name for path in folder.glob("*.safetensors"))
     return (
         f"give {folder / checkpoints[0]} itself" if checkpoints else "give the folder that has it"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file of a model holds; `SpecError` where it is damaged."""
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:

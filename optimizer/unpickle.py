@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _pickles_of_components(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*/*") if path.suffix in PICKLES]
+    """Those of a pipeline's components, or of the one component that the folder is."""
+    pattern = "*" if (folder / "config.json").is_file() else "*/*"
+    return [path for path in folder.glob(pattern) if path.suffix in PICKLES]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, T5Config
 from transformers.utils import ModelOutput
@@ -114,22 +116,29 @@ class _TextOutput(ModelOutput):  # type: ignore[misc]
 
 
 class VaeAdapter(Adapter):
-    """Stands for an AutoencoderKL; its halves are two engines."""
+    """Stands for an AutoencoderKL or an AutoencoderTiny; its halves are two engines."""
 
     def __init__(self, config: dict[str, Any], *, encoder: OpenEngine, decoder: OpenEngine) -> None:
         """Take the VAE's config and functions that open its engines once."""
         super().__init__(FrozenDict(config))
         self._encoder, self._decoder = encoder, decoder
+        self._encoded_as = _ENCODED.get(str(config.get("_class_name")), _distributed)
 
     def encode(
         self,
         x: Tensor,
         return_dict: bool = True,  # noqa: FBT001, FBT002 (diffusers' signature)
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images in -1..1 [batch, 3, height, width] -> the latents' distribution."""
-        (moments,) = run(self._encoder(), image=x)
-        distribution = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+    ) -> BaseOutput | tuple[Any]:
+        """Images in -1..1 [batch, 3, height, width] -> what the class gives: an AutoencoderKL the
+        latents' distribution, an AutoencoderTiny the latents.
+        """
+        found = self._encoded_as(self._encode(x))
+        return found if return_dict else found.to_tuple()
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """What the encoder's wrapper gives."""
+        (found,) = run(self._encoder(), image=x)
+        return found
 
     def decode(
         self,
@@ -140,3 +149,15 @@ class VaeAdapter(Adapter):
         """Latents already divided by scaling_factor -> images in -1..1."""
         (image,) = run(self._decoder(), latent=z)
         return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+def _distributed(moments: Tensor) -> BaseOutput:
+    return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+
+def _plain(latents: Tensor) -> BaseOutput:
+    return AutoencoderTinyOutput(latents=latents)
+
+
+_ENCODED: dict[str, Callable[[Tensor], BaseOutput]] = {"AutoencoderTiny": _plain}
+"""How classes give what their encoder gave, where it isn't a distribution."""

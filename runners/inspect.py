@@ -40,6 +40,7 @@ def _text(manifest: Manifest) -> str:
     revision = f" at {model.revision}" if model.revision else ""
     lines = [
         f"model      {model.name}{revision} ({model.family}, {model.pipeline_class})",
+        *_autoencoder(manifest),
         f"sizes      {recipe['size_min']} to {recipe['size_max']} px in steps of "
         f"{manifest.size_step}, native {manifest.native_size}; {recipe['batch']} at once",
         f"made by    kiln {manifest.kiln} on {manifest.hardware['cpu']['name']}",
@@ -65,6 +66,15 @@ def _text(manifest: Manifest) -> str:
     lines += _built_for(manifest)
     lines.append(f"key        {manifest.key}")
     return "\n".join(lines)
+
+
+def _autoencoder(manifest: Manifest) -> list[str]:
+    """What stands in the place of the model's own VAE, if anything."""
+    vae = manifest.model.vae
+    if vae is None:
+        return []
+    revision = f" at {vae.revision}" if vae.revision else ""
+    return [f"vae        {vae.name}{revision} ({vae.class_name}), not the model's own"]
 
 
 def _built_for(manifest: Manifest) -> list[str]:

@@ -9,7 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from runners.signature import Signature
 
-__all__ = ["SCHEMA", "ComponentEntry", "FileEntry", "Manifest", "ModelEntry", "Speed"]
+__all__ = [
+    "SCHEMA",
+    "AutoencoderEntry",
+    "ComponentEntry",
+    "FileEntry",
+    "Manifest",
+    "ModelEntry",
+    "Speed",
+]
 
 SCHEMA = 2
 """Raised when a reader of the old one would misread the new one."""
@@ -45,6 +53,20 @@ class FileEntry(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class AutoencoderEntry(BaseModel):
+    """Where the weights of another autoencoder than the model's own came from."""
+
+    model_config = _STRICT
+
+    name: str
+    """A hub id, or the name of a folder."""
+    revision: str | None
+    digest: str
+    """sha256 over the digests of the files that were read."""
+    class_name: str
+    """diffusers' class."""
+
+
 class ModelEntry(BaseModel):
     """Where the weights came from."""
 
@@ -59,6 +81,8 @@ class ModelEntry(BaseModel):
     pipeline_class: str
     settings: dict[str, bool | int | float | str | None] = {}
     """What model_index.json says of the pipeline beside its parts."""
+    vae: AutoencoderEntry | None = None
+    """In the place of the model's own VAE."""
 
 
 class ComponentEntry(BaseModel):

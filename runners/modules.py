@@ -19,6 +19,7 @@ __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 
 _CLASSES = {
     "AutoencoderKL": "diffusers",
+    "AutoencoderTiny": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "FluxTransformer2DModel": "diffusers",
@@ -264,7 +265,7 @@ class VaeDecoder(nn.Module):
     """latent [batch, channels, h, w] (already divided by scaling_factor) -> image in -1..1."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Wrap an AutoencoderKL and drop its encoding half."""
+        """Wrap an AutoencoderKL or an AutoencoderTiny, and drop its encoding half."""
         super().__init__()
         for name in ("encoder", "quant_conv"):
             setattr(module, name, None)
@@ -272,8 +273,9 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor]:
         """Decode."""
-        if self.module.post_quant_conv is not None:
-            latent = self.module.post_quant_conv(latent)  # type: ignore[operator]
+        before = getattr(self.module, "post_quant_conv", None)
+        if before is not None:
+            latent = before(latent)
         return (self.module.decoder(latent),)  # type: ignore[operator]
 
 
@@ -295,6 +297,20 @@ class VaeEncoder(nn.Module):
         return (moments,)
 
 
+class TinyVaeEncoder(nn.Module):
+    """image in -1..1 -> latents [batch, channels, h, w]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Wrap an AutoencoderTiny and drop its decoding half."""
+        super().__init__()
+        module.decoder = None  # type: ignore[assignment]
+        self.module = module
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """Encode."""
+        return (self.module.encoder(image),)  # type: ignore[operator]
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clip_text": ClipText,
     "clip_plain": ClipPlain,
@@ -306,5 +322,6 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "flux_transformer": FluxTransformer,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
+    "tiny_vae_encoder": TinyVaeEncoder,
 }
 """The wrappers by their names in families and manifests: each a calling convention."""

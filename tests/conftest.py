@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from optimizer.backends import BACKENDS
-from tests.tiny_pipelines import tiny_sd
+from tests.tiny_pipelines import tiny_sd, tiny_taesd
 
 SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "batch": 2}
 """What all bundles of the tests are compiled for; the tiny model's native size is 64."""
@@ -65,10 +65,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny that fits it; not to be changed."""
+    return tiny_taesd(tmp_path_factory.mktemp("autoencoders") / "taesd")
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBundle:
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
-    `model` is another one than `tiny_model`. Not to be changed: copy it first.
+    `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place. Not to be
+    changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -78,17 +85,19 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         dtype: str = "fp32",
         target: str | None = None,
         model: Path | None = None,
+        vae: Path | None = None,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
         from runners.console import Console
 
-        name = (model or tiny_model).name
+        name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
         out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
                     "model": str(model or tiny_model),
+                    "vae": None if vae is None else str(vae),
                     "backend": backend,
                     "quant": quant,
                     "dtype": dtype,

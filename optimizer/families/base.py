@@ -60,6 +60,8 @@ class Family:
     name: str
     title: str
     pipeline_classes: tuple[str, ...]
+    """diffusers' classes of its models; the first one draws from text alone, others may read a
+    picture too."""
     embeddings: tuple[str | None, ...]
     """What the pipeline's encode_prompt returns, by the names that its call takes; None: not
     taken."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from optimizer.families.base import ComponentSpec, Ranges
+from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.vae_config import TINY
 from runners.signature import Dim, Signature, TensorSpec
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "text_tokens",
     "vae_factor",
     "vae_signatures",
+    "with_vae",
 ]
 
 Config = Mapping[str, Any]
@@ -33,7 +36,10 @@ VAE = (
     ),
     ComponentSpec("vae_encoder", "vae_encoder", "vae", "vae_encoder", ("encoder.", "quant_conv.")),
 )
-"""An AutoencoderKL in halves."""
+"""An autoencoder in halves, wrapped as an AutoencoderKL's are: see `with_vae`."""
+
+_TINY_WRAPPERS = {"vae_encoder": "tiny_vae_encoder"}
+"""Where an AutoencoderTiny's halves are called otherwise: its encoder gives latents."""
 
 WAVES = 256
 """Sines and cosines of a timestep, of diffusers' CombinedTimestepTextProjEmbeddings."""
@@ -64,7 +70,10 @@ def text_tokens(text_encoder: Config) -> Dim:
 
 
 def vae_factor(configs: Configs) -> int:
-    """Pixels per latent: each level of the VAE but the last halves the side."""
+    """Pixels per latent: each level of the VAE but the last halves the side.
+
+    An AutoencoderTiny's levels are its decoder's (`optimizer.vae_config.completed`).
+    """
     return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
 
 
@@ -102,10 +111,30 @@ def t5_signature(config: Config, ranges: Ranges, tokens: Dim) -> Signature:
     )
 
 
+def with_vae(known: Family, vae: Config) -> Family:
+    """The family with the calling conventions of its VAE's class."""
+    if not _is_tiny(vae):
+        return known
+    components = tuple(
+        replace(spec, wrapper=_TINY_WRAPPERS.get(spec.wrapper, spec.wrapper))
+        for spec in known.components
+    )
+    return replace(known, components=components)
+
+
+def _is_tiny(vae: Config) -> bool:
+    return vae.get("_class_name") == TINY
+
+
 def vae_signatures(configs: Configs, ranges: Ranges, step: int) -> dict[str, Signature]:
-    """`latent`: [batch, channels, height/f, width/f]; `image`: [batch, 3, height, width]."""
+    """`latent`: [batch, channels, height/f, width/f]; `image`: [batch, 3, height, width].
+
+    Encoders give `moments`, a mean and a log-variance a channel; that of an AutoencoderTiny
+    `latents`.
+    """
     vae, factor = configs["vae"], vae_factor(configs)
     latents = int(vae["latent_channels"])
+    encoded = ("latents", latents) if _is_tiny(vae) else ("moments", 2 * latents)
     return {
         "vae_decoder": Signature(
             inputs=(floats("latent", "batch", latents, "height", "width"),),
@@ -114,7 +143,7 @@ def vae_signatures(configs: Configs, ranges: Ranges, step: int) -> dict[str, Sig
         ),
         "vae_encoder": Signature(
             inputs=(floats("image", "batch", int(vae["in_channels"]), "height", "width"),),
-            outputs=(floats("moments", "batch", 2 * latents, *_OUT),),
+            outputs=(floats(encoded[0], "batch", encoded[1], *_OUT),),
             dims=(batch(ranges), *sides(ranges, step, 1)),
         ),
     }

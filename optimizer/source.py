@@ -6,13 +6,13 @@ that is used. Nothing here imports torch, except the conversion of a single file
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from optimizer.configs import Config, read_json
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
 from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
@@ -57,7 +57,7 @@ class ModelSource:
     @property
     def settings(self) -> dict[str, Any]:
         """What model_index.json says of the pipeline beside its parts."""
-        index = _read_json(self.folder / "model_index.json")
+        index = read_json(self.folder / "model_index.json")
         return {
             name: value
             for name, value in index.items()
@@ -66,9 +66,14 @@ class ModelSource:
 
     def component_config(self, name: str) -> dict[str, Any]:
         """Return the config of a component's folder, such as "unet" or "scheduler"."""
+        return self.checked_config(name).document
+
+    def checked_config(self, name: str) -> Config:
+        """Return the same, what it lacks or has of a wrong type a SpecError where it is read."""
         for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):
             if f"{name}/{file}" in self.files:
-                return _read_json(self.folder / name / file)
+                path = self.folder / name / file
+                return Config(read_json(path), path)
         raise SpecError(f"{self.folder / name} has no config.json: download the model again")
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
@@ -88,12 +93,12 @@ class ModelSource:
         """How many of its family's steps a side must be a multiple of: graphs may take fewer."""
         if self.kind != "onnx":
             return 1
-        return int(_read_json(self.folder / ABOUT)["side_factor"])
+        return int(read_json(self.folder / ABOUT)["side_factor"])
 
     def parameters(self, component: str) -> dict[str, Parameter]:
         """Return shape and type of every parameter of a component, as its files name them."""
         if self.kind == "onnx":
-            shapes = _read_json(self.folder / component / "parameters.json")
+            shapes = read_json(self.folder / component / "parameters.json")
             return {name: Parameter(tuple(shape), "fp32") for name, shape in shapes.items()}
         return {
             name: parameter
@@ -184,7 +189,7 @@ def _source(folder: Path, *, name: str, kind: SourceKind, revision: str | None) 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if (folder / "model_index.json").is_file():
-        return _read_json(folder / "model_index.json")
+        return read_json(folder / "model_index.json")
     if (folder / "manifest.json").is_file():
         raise SpecError(
             f"{folder} is a kiln bundle: give the model that it was made from, which `kiln inspect "
@@ -202,13 +207,3 @@ def _hint(folder: Path) -> str:
     return (
         f"give {folder / checkpoints[0]} itself" if checkpoints else "give the folder that has it"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise SpecError(f"{path} is damaged: {error}; download it again") from error
-    if not isinstance(document, dict):
-        raise SpecError(f"{path} is damaged: it holds no JSON object; download it again")
-    return document

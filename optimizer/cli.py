@@ -21,6 +21,9 @@ __all__ = ["analyze_command", "compile_command"]
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
+@click.option(
+    "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
+)
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
@@ -59,6 +62,7 @@ def compile_command(
     as_json: bool,  # noqa: FBT001
     verbose: bool,  # noqa: FBT001
     revision: str | None,
+    prediction_type: str | None,
     quant: str | None,
     solver: str | None,
     budget: str | None,
@@ -80,6 +84,7 @@ def compile_command(
     given = {
         "model": model,
         "revision": revision,
+        "prediction_type": prediction_type,
         "quant": quant,
         "solver": solver,
         "budget": budget,

@@ -57,7 +57,12 @@ def plan_recipe(
     """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
-    source = resolve(recipe.model, revision=recipe.revision, console=console)
+    source = resolve(
+        recipe.model,
+        revision=recipe.revision,
+        prediction_type=recipe.prediction_type,
+        console=console,
+    )
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan

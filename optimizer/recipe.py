@@ -30,6 +30,8 @@ class Recipe(BaseModel):
     revision: str | None = None
     digest: str | None = None
     """Of the model's files, where it is known: another model is then refused."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """Of a single-file checkpoint, where it isn't what its marks and weights tell."""
     quant: str | None = None
     solver: str | None = None
     """How codes are found; by default what suits the level."""

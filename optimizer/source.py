@@ -111,37 +111,50 @@ def resolve(
     model: str,
     *,
     revision: str | None = None,
+    prediction_type: str | None = None,
     store: Store | None = None,
     console: Console | None = None,
 ) -> ModelSource:
     """Find, fetch or convert a model, and check every file of it that is used.
 
-    `store` keeps converted single files, `console` shows a download's progress. Raises `SpecError`
-    for what is wrong with the input, `UnsupportedError` for a family that isn't known,
-    `MissingError` for a model that is neither on disk nor can be fetched.
+    `prediction_type` is that of a single file, `store` keeps converted ones, `console` shows a
+    download's progress. Raises `SpecError` for what is wrong with the input, `UnsupportedError` for
+    a family that isn't known, `MissingError` for a model that is neither on disk nor can be
+    fetched.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise SpecError(f"{model} is on disk and has no revisions: leave --revision out")
+    if path.is_file():
+        from optimizer.single_file import convert
+
+        folder = convert(path, store or Store(), prediction_type=prediction_type)
+        return _source(folder, name=model, kind="single-file", revision=None)
+    _check_name(model, path, prediction_type)
     if path.is_dir() and is_onnx_folder(path):
         folder = adopt(path, _read_index(path), store or Store())
         return _source(folder, name=model, kind="onnx", revision=None)
     if path.is_dir():
         return _source(path, name=model, kind="folder", revision=None)
-    if path.is_file():
-        from optimizer.single_file import convert
-
-        folder = convert(path, store or Store())
-        return _source(folder, name=model, kind="single-file", revision=None)
-    if not _HUB_ID.fullmatch(model) or path.suffix in (*PICKLES, ".safetensors"):
-        raise SpecError(
-            f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
-            ".safetensors checkpoint, or a hub id such as owner/name"
-        )
     from optimizer.hub import fetch
 
     found = fetch(model, revision=revision, console=console)
     return _source(found.folder, name=model, kind="hub", revision=found.revision)
+
+
+def _check_name(model: str, path: Path, prediction_type: str | None) -> None:
+    """Raise SpecError for what is neither a folder nor a hub id, and for a single file's option."""
+    is_hub = _HUB_ID.fullmatch(model) and path.suffix not in (*PICKLES, ".safetensors")
+    if not path.is_dir() and not is_hub:
+        raise SpecError(
+            f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
+            ".safetensors checkpoint, or a hub id such as owner/name"
+        )
+    if prediction_type is not None:
+        raise SpecError(
+            f"{model} says in scheduler/scheduler_config.json what it predicts: leave "
+            "--prediction-type out, which is for single files, or change prediction_type there"
+        )
 
 
 class Inspected(NamedTuple):

@@ -54,8 +54,8 @@ class Adapter(nn.Module):
 def with_defaults(config: Mapping[str, Any]) -> FrozenDict:
     """The config, and its diffusers class's values for what it leaves out.
 
-    Pipelines read keys that configs of older diffusers lack: the hub's Stable Diffusion 1.5 has
-    neither the VAE's scaling_factor nor the UNet's time_cond_proj_dim.
+    Pipelines read keys that configs of older diffusers lack, as those of Stable Diffusion 1.5 do:
+    the VAE's scaling_factor (diffusers#1860), the UNet's time_cond_proj_dim.
     """
     if "_class_name" not in config:
         return FrozenDict(config)

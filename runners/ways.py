@@ -28,8 +28,9 @@ class Way:
     most that diffusers' documentation allows it (its code doesn't look)."""
     normed: bool = False
     """Whether a layer's states are normed, and their mean is restored after weights; the last layer
-    is the usual one then. Otherwise that is the last but one, and means stay: A1111's advice for
-    SDXL ("No norm" in its settings), because the mean of raw states is that of few outliers."""
+    is the usual one then. Otherwise that is the last but one, and other words stay as they are: what
+    A1111 calls "No norm" and finds better for SDXL; the mean of raw states is that of few outliers.
+    """
     negative: bool = True
     """Whether there is a negative prompt."""
 

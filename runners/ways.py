@@ -28,9 +28,8 @@ class Way:
     most that diffusers' documentation allows it (its code doesn't look)."""
     normed: bool = False
     """Whether a layer's states are normed, and their mean is restored after weights; the last layer
-    is the usual one then. Otherwise that is the last but one, and other words stay as they are: what
-    A1111 calls "No norm" and finds better for SDXL; the mean of raw states is that of few outliers.
-    """
+    is the usual one then. Else that is the last but one, and other words stay as they are, which
+    A1111 calls "No norm", and better for SDXL; the mean of raw states is that of few outliers."""
     negative: bool = True
     """Whether there is a negative prompt."""
 

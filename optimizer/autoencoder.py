@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from optimizer.configs import read_json
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import AUTOENCODER, chosen_by, described_by, require_described
-from optimizer.source import HUB_ID, ModelSource, read_json
+from optimizer.source import HUB_ID, ModelSource
 from optimizer.vae_config import require_fitting
 from optimizer.weights import read_header
 from profiles.errors import SpecError, UnsupportedError

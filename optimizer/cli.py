@@ -23,6 +23,9 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
 @click.option("--vae", metavar="DIR", help="Autoencoder for the model's own: a folder or hub id.")
 @click.option("--vae-revision", help="Commit, tag or branch of a hub autoencoder.")
+@click.option(
+    "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
+)
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
@@ -65,6 +68,7 @@ def compile_command(
     revision: str | None,
     vae: str | None,
     vae_revision: str | None,
+    prediction_type: str | None,
     quant: str | None,
     solver: str | None,
     budget: str | None,
@@ -88,6 +92,7 @@ def compile_command(
         "revision": revision,
         "vae": vae,
         "vae_revision": vae_revision,
+        "prediction_type": prediction_type,
         "quant": quant,
         "solver": solver,
         "budget": budget,

@@ -58,7 +58,12 @@ def plan_recipe(
     """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
-    source = resolve(recipe.model, revision=recipe.revision, console=console)
+    source = resolve(
+        recipe.model,
+        revision=recipe.revision,
+        prediction_type=recipe.prediction_type,
+        console=console,
+    )
     if recipe.vae is not None:
         source = with_autoencoder(source, recipe.vae, revision=recipe.vae_revision, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)

@@ -85,9 +85,9 @@ def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
     cls = getattr(diffusers, source.pipeline_class)
     repaints = "mask_image" in inspect.signature(cls.__call__).parameters
     encoder = _vae_encoder(plan) if repaints else None
-    scheduler = source.component_config("scheduler")
+    scheduler = source.checked_config("scheduler")
     parts: dict[str, Any] = {
-        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler.document),
         "vae": _Undecoded(source.component_config("vae"), encoder),
     }
     for spec in plan.family.components:

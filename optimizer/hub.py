@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimizer.configs import read_json
 from optimizer.hub_files import HubFile, HubFolder, byte_text, require_free
 from optimizer.known_models import licence_of, remember_licence
 from optimizer.layout import PIPELINE, chosen_by, described_by, require_described
-from optimizer.source import read_json
 from profiles.errors import DiskFullError, KilnError, MissingError, PartialError, SpecError
 from runners.console import Console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,19 +37,15 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
             use_safetensors=True,
             variant=source.variant(folder),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_loaded says which
             **{dtype: torch.float32},
         )
-    except ValueError as error:  # diffusers' own word for shapes and configs that don't fit
+    except ValueError as error:  # diffusers' own word for configs that don't fit
         reason = str(error).partition(". ")[0].rstrip(".")
         raise SpecError(
             f"{place} has weights and a config.json that don't fit: {reason}; download both again."
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise SpecError(
-            f"{place} lacks {len(missing)} tensors, the first {missing[0]}: download the model "
-            "again."
-        )
+    _check_loaded(report, str(place))
     for name, tensor in module.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise SpecError(
@@ -57,3 +54,19 @@ def load_module(source: ModelSource, folder: str) -> nn.Module:
             )
     loaded: nn.Module = module.eval()
     return loaded.requires_grad_(requires_grad=False)
+
+
+def _check_loaded(report: Mapping[str, Any], where: str) -> None:
+    """Raise SpecError where the config asks for other tensors than there are."""
+    if missing := sorted(report["missing_keys"]):
+        raise SpecError(
+            f"{where} lacks {len(missing)} tensors, the first {missing[0]}: download the model "
+            "again."
+        )
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        name, found, wanted = mismatched[0]
+        raise SpecError(
+            f"{where} has tensors of another shape than its config.json says ({len(mismatched)}, "
+            f"the first is {name}: {list(found)} instead of {list(wanted)}): download the model "
+            "again."
+        )

@@ -19,6 +19,7 @@ from typing import Any
 
 from optimizer import families
 from optimizer.backends import BACKENDS, backend
+from optimizer.configs import Config
 from optimizer.digests import sha256_file
 from optimizer.families.base import Family, Ranges
 from optimizer.layout import family_of
@@ -109,9 +110,10 @@ def _given_files(folder: Path, known: Family) -> dict[str, Path]:
 def _write(folder: Path, known: Family, plain: str, files: Mapping[str, Path], out: Path) -> None:
     from optimizer.onnx_graph import normalized, resizes, save
 
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, Config] = {}
     for spec in known.components:
-        configs[spec.folder] = _read_config(folder / spec.name / "config.json")
+        path = folder / spec.name / "config.json"
+        configs[spec.folder] = Config(_read_config(path), path)
     if configs["vae"].get("_class_name") == TINY:
         raise UnsupportedError(
             f"{folder} has an {TINY}, whose ONNX export isn't read: compile from the model that it "
@@ -133,7 +135,7 @@ def _write(folder: Path, known: Family, plain: str, files: Mapping[str, Path], o
         found |= {f"{prefix}{name}": shape for name, shape in shapes.items()}
     for name, config in configs.items():
         (out / name).mkdir(exist_ok=True)
-        _dump(config, out / name / "config.json")
+        _dump(config.document, out / name / "config.json")
         _dump(parameters[name], out / name / "parameters.json")
     for name in (*_BESIDE, *(name for name in files if name.startswith(_ASSETS))):
         if name in files:

@@ -6,16 +6,17 @@ reading a weight.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from optimizer.backends import How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
+from optimizer.configs import Config, read_json
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import with_vae
@@ -160,7 +161,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     if source.kind == "onnx":
         known = as_exported(known)
     configs = {
-        folder: source.component_config(folder)
+        folder: source.checked_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)
     }
     require_known(configs["vae"], where=f"the VAE of {source.name}")
@@ -193,10 +194,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "vae_digest": source.vae and source.vae.digest,
         }
     )
-    signatures = {
-        name: coarser(signature, source.side_factor)
-        for name, signature in known.signatures(configs, ranges).items()
-    }
+    signatures = _signatures(known, source, configs, ranges)
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     guidance = float(defaults.get("guidance", 7.5))
     calibration = calibration_of(resolved, source.folder, largest, guidance)
@@ -231,6 +229,20 @@ def _require_digests(recipe: Recipe, source: ModelSource) -> None:
             f"{source.vae.name} isn't the autoencoder that the recipe was made for (its files "
             "differ): give the right one with --vae, or remove `vae_digest` from the recipe."
         )
+
+
+def _signatures(
+    known: Family, source: ModelSource, configs: Mapping[str, Config], ranges: Ranges
+) -> dict[str, Signature]:
+    """Each component's; SpecError where the configs contradict each other."""
+    try:
+        made = known.signatures(configs, ranges)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(
+            f"The configs of {source.name} don't fit together ({reason}): download the model again."
+        ) from error
+    return {name: coarser(signature, source.side_factor) for name, signature in made.items()}
 
 
 def with_policy(plan: Plan, policy: Policy) -> Plan:
@@ -357,5 +369,5 @@ def _defaults(folder: Path) -> dict[str, int | float]:
     path = folder / "kiln.json"
     if not path.is_file():
         return {}
-    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return {key: document[key] for key in ("steps", "guidance") if key in document}
+    config = Config(read_json(path), path)
+    return {key: config[key] for key in ("steps", "guidance") if key in config}

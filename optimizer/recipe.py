@@ -35,6 +35,8 @@ class Recipe(BaseModel):
     vae_revision: str | None = None
     vae_digest: str | None = None
     """Of the autoencoder's files, where it is known: another one is then refused."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """Of a single-file checkpoint, where it isn't what its marks and weights tell."""
     quant: str | None = None
     solver: str | None = None
     """How codes are found; by default what suits the level."""

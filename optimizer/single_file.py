@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 from collections import Counter
@@ -49,26 +50,43 @@ _VERSION = 2
 """Raised when a converter writes anything else than before."""
 
 
-def convert(checkpoint: Path, store: Store) -> Path:
+def convert(checkpoint: Path, store: Store, *, prediction_type: str | None = None) -> Path:
     """Return the diffusers folder of a .safetensors checkpoint; it is kept in the store.
 
-    Weights keep their type. Raises `SpecError` for another kind of file, `UnsupportedError` for an
-    unknown family.
+    Weights keep their type. `prediction_type` is what the denoiser predicts, where the file's own
+    marks and weights would tell something else. Raises `SpecError` for another kind of file,
+    `UnsupportedError` for an unknown family.
     """
     family = _detect(checkpoint)
-    key = {
+    key: dict[str, object] = {
         "checkpoint": sha256_file(checkpoint),
         "converter": [CONVERTERS[family], _VERSION],
     }
+    if prediction_type is not None:
+        key["prediction_type"] = prediction_type
     found = store.find("source", key)
     if found is None:
         module, function = CONVERTERS[family].split(":")
         write: Callable[[Path, Path], None] = getattr(importlib.import_module(module), function)
         with store.create("source", key, needed_bytes=_folder_bytes(checkpoint)) as folder:
             write(checkpoint, folder)
+            if prediction_type is not None:
+                _set_prediction(folder, prediction_type, checkpoint)
         found = store.find("source", key)
         assert found is not None
     return found
+
+
+def _set_prediction(folder: Path, prediction_type: str, checkpoint: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_bytes())
+    if "prediction_type" not in config:
+        raise SpecError(
+            f"{checkpoint} is of a family that predicts a flow and nothing else: leave "
+            "--prediction-type out"
+        )
+    config["prediction_type"] = prediction_type
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _detect(checkpoint: Path) -> str:

@@ -6,13 +6,13 @@ that is used. Nothing here imports torch, except the conversion of a single file
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from optimizer.configs import Config, read_json
 from optimizer.digests import FileDigest, digest, sha256_file
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
 from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
@@ -31,7 +31,6 @@ __all__ = [
     "ModelSource",
     "SourceKind",
     "inspect_folder",
-    "read_json",
     "resolve",
 ]
 
@@ -87,11 +86,17 @@ class ModelSource:
 
         A VAE's has all keys that pipelines read.
         """
+        return self.checked_config(name).document
+
+    def checked_config(self, name: str) -> Config:
+        """Return the same, what it lacks or has of a wrong type a SpecError where it is read."""
         folder, inside = self.component_folder(name), self._inside(name)
         for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):
             if file in inside:
                 config = read_json(folder / file)
-                return completed(config, where=str(folder)) if name == _VAE else config
+                if name == _VAE:
+                    config = completed(config, where=str(folder))
+                return Config(config, folder / file)
         raise SpecError(f"{folder} has no config.json: download the model again")
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
@@ -138,37 +143,50 @@ def resolve(
     model: str,
     *,
     revision: str | None = None,
+    prediction_type: str | None = None,
     store: Store | None = None,
     console: Console | None = None,
 ) -> ModelSource:
     """Find, fetch or convert a model, and check every file of it that is used.
 
-    `store` keeps converted single files, `console` shows a download's progress. Raises `SpecError`
-    for what is wrong with the input, `UnsupportedError` for a family that isn't known,
-    `MissingError` for a model that is neither on disk nor can be fetched.
+    `prediction_type` is that of a single file, `store` keeps converted ones, `console` shows a
+    download's progress. Raises `SpecError` for what is wrong with the input, `UnsupportedError` for
+    a family that isn't known, `MissingError` for a model that is neither on disk nor can be
+    fetched.
     """
     path = Path(model).expanduser()
     if revision is not None and path.exists():
         raise SpecError(f"{model} is on disk and has no revisions: leave --revision out")
+    if path.is_file():
+        from optimizer.single_file import convert
+
+        folder = convert(path, store or Store(), prediction_type=prediction_type)
+        return _source(folder, name=model, kind="single-file", revision=None)
+    _check_name(model, path, prediction_type)
     if path.is_dir() and is_onnx_folder(path):
         folder = adopt(path, _read_index(path), store or Store())
         return _source(folder, name=model, kind="onnx", revision=None)
     if path.is_dir():
         return _source(path, name=model, kind="folder", revision=None)
-    if path.is_file():
-        from optimizer.single_file import convert
-
-        folder = convert(path, store or Store())
-        return _source(folder, name=model, kind="single-file", revision=None)
-    if not HUB_ID.fullmatch(model) or path.suffix in (*PICKLES, ".safetensors"):
-        raise SpecError(
-            f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
-            ".safetensors checkpoint, or a hub id such as owner/name"
-        )
     from optimizer.hub import fetch
 
     found = fetch(model, revision=revision, console=console)
     return _source(found.folder, name=model, kind="hub", revision=found.revision)
+
+
+def _check_name(model: str, path: Path, prediction_type: str | None) -> None:
+    """Raise SpecError for what is neither a folder nor a hub id, and for a single file's option."""
+    is_hub = HUB_ID.fullmatch(model) and path.suffix not in (*PICKLES, ".safetensors")
+    if not path.is_dir() and not is_hub:
+        raise SpecError(
+            f"{model} is no file or folder here and no hub id: give a diffusers folder, a "
+            ".safetensors checkpoint, or a hub id such as owner/name"
+        )
+    if prediction_type is not None:
+        raise SpecError(
+            f"{model} says in scheduler/scheduler_config.json what it predicts: leave "
+            "--prediction-type out, which is for single files, or change prediction_type there"
+        )
 
 
 class Inspected(NamedTuple):
@@ -237,14 +255,3 @@ def _hint(folder: Path) -> str:
     return (
         f"give {folder / checkpoints[0]} itself" if checkpoints else "give the folder that has it"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file of a model holds; `SpecError` where it is damaged."""
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise SpecError(f"{path} is damaged: {error}; download it again") from error
-    if not isinstance(document, dict):
-        raise SpecError(f"{path} is damaged: it holds no JSON object; download it again")
-    return document

@@ -5,6 +5,7 @@ Read without torch, so that a wrong one is refused in the plan, before its weigh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -35,7 +36,8 @@ class _Autoencoder(BaseModel):
 class _Kl(_Autoencoder):
     """Of diffusers 0.42's AutoencoderKL.__init__."""
 
-    block_out_channels: Blocks = (64,)
+    block_out_channels: Blocks
+    """Never left out: diffusers' default is no published model's."""
     scaling_factor: Factor = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
@@ -81,10 +83,15 @@ def _parsed(config: Mapping[str, Any], *, where: str) -> _Kl | _Tiny | None:
         return None if kind is None else kind.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = first["loc"][0]
+        if first["type"] == "missing":
+            raise SpecError(
+                f'{where}/config.json has no "{name}", which kiln needs: download it again, or add '
+                "it."
+            ) from error
         raise SpecError(
-            f"the config.json of {where} is damaged: {name} is {first['input']!r} "
-            f"({first['msg']}); download it again"
+            f'{where}/config.json has {json.dumps(first["input"])[:40]} for "{name}" '
+            f"({first['msg']}): download it again, or correct it."
         ) from error
 
 

@@ -7,7 +7,8 @@ an engine; everything else (schedulers, guidance, callbacks, img2img) stays diff
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,9 @@ from transformers.utils import ModelOutput
 
 from profiles.errors import UnsupportedError
 from runners.engines.base import DeviceEngine, Engine
+from runners.modules import component_class
 
-__all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run"]
+__all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run", "with_defaults"]
 
 OpenEngine = Callable[[], Engine]
 
@@ -49,6 +51,19 @@ class Adapter(nn.Module):
     def device(self) -> torch.device:
         """Where inputs and outputs live."""
         return self.anchor.device
+
+
+def with_defaults(config: Mapping[str, Any]) -> FrozenDict:
+    """The config, and its diffusers class's values for what it leaves out.
+
+    Pipelines read keys that configs of older diffusers lack, as those of Stable Diffusion 1.5 do:
+    the VAE's scaling_factor (diffusers#1860), the UNet's time_cond_proj_dim.
+    """
+    if "_class_name" not in config:
+        return FrozenDict(config)
+    parameters = inspect.signature(component_class(config).__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return FrozenDict({**defaults, **config})
 
 
 def run(engine: Engine, **feeds: Tensor) -> list[Tensor]:
@@ -120,7 +135,7 @@ class VaeAdapter(Adapter):
 
     def __init__(self, config: dict[str, Any], *, encoder: OpenEngine, decoder: OpenEngine) -> None:
         """Take the VAE's config and functions that open its engines once."""
-        super().__init__(FrozenDict(config))
+        super().__init__(with_defaults(config))
         self._encoder, self._decoder = encoder, decoder
         self._encoded_as = _ENCODED.get(str(config.get("_class_name")), _distributed)
 

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
@@ -22,7 +21,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from profiles.errors import UnsupportedError
-from runners.adapters import Adapter, OpenEngine, run
+from runners.adapters import Adapter, OpenEngine, run, with_defaults
 
 __all__ = [
     "DENOISERS",
@@ -111,7 +110,7 @@ class _DenoiserAdapter(Adapter):
 
     def __init__(self, config: dict[str, Any], engine: OpenEngine) -> None:
         """Take the denoiser's config and a function that opens its engine once."""
-        super().__init__(FrozenDict(config))
+        super().__init__(with_defaults(config))
         self._engine = engine
 
     def _denoised(self, given: Given) -> Tensor:

@@ -71,6 +71,12 @@ class TensorSpec(BaseModel):
     dtype: str
     axes: tuple[int | str, ...]
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if impossible := [axis for axis in self.axes if isinstance(axis, int) and axis < 1]:
+            raise ValueError(f"{self.name}: an axis can't be {impossible[0]} long")
+        return self
+
 
 class Signature(BaseModel):
     """What an engine takes and gives, and the ranges of the dims that its axes name."""

@@ -1,13 +1,17 @@
-"""A1111's prompt weights: `(word)`, `(word:1.2)`, `[word]`, nested; backslashes escape brackets."""
+"""A1111's prompt weights: `(word)`, `(word:1.2)`, `[word]`, nested; backslashes escape brackets.
+
+A `BREAK` between words ends the chunk of tokens that they are encoded in.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from profiles.errors import SpecError
 
-__all__ = ["Piece", "plain_text", "weighted"]
+__all__ = ["Piece", "plain_text", "text_of", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,8 @@ class Piece:
 
     text: str
     weight: float = 1.0
+    starts_chunk: bool = False
+    """Whether a BREAK stands before it, which may be all that it holds."""
 
 
 _STEP = 1.1
@@ -33,6 +39,8 @@ _TOKEN = re.compile(
     r"|(?P<text>[^\\:()\[\]]+|.)",
     re.DOTALL,
 )
+
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def weighted(prompt: str) -> list[Piece]:
@@ -52,7 +60,12 @@ def plain_text(prompt: str) -> str | None:
     pieces = weighted(prompt)
     if any(piece.weight != 1.0 for piece in pieces):
         return None
-    return "".join(piece.text for piece in pieces)
+    return text_of(pieces)
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    """The text of all pieces, for an encoder that has no chunks: a BREAK is a space."""
+    return "".join(f" {piece.text}" if piece.starts_chunk else piece.text for piece in pieces)
 
 
 class _Reader:
@@ -61,6 +74,7 @@ class _Reader:
     def __init__(self) -> None:
         self._texts, self._weights = [""], [1.0]
         self._open: dict[str, list[int]] = {"(": [], "[": []}
+        self._breaks: set[int] = set()
 
     def take(self, token: re.Match[str]) -> None:
         bracket = token["bracket"]
@@ -72,21 +86,32 @@ class _Reader:
             self._close("(", _STEP)
         elif bracket == "]" and self._open["["]:
             self._close("[", 1 / _STEP)
+        elif token["escaped"]:
+            self._texts[-1] += token["escaped"]
         else:
-            self._texts[-1] += token["escaped"] or token[0]
+            self._read(token[0])
 
     def finished(self) -> list[Piece]:
         for kind, factor in (("(", _STEP), ("[", 1 / _STEP)):
             while self._open[kind]:
                 self._close(kind, factor)
         pieces: list[Piece] = []
-        for text, weight in zip(self._texts, self._weights, strict=True):
+        for index, (text, weight) in enumerate(zip(self._texts, self._weights, strict=True)):
             _check(text, weight)
-            if pieces and pieces[-1].weight == round(weight, 6):
-                text = pieces.pop().text + text
-            if text:
-                pieces.append(Piece(text, round(weight, 6)))
+            piece = Piece(text, round(weight, 6), starts_chunk=index in self._breaks)
+            if pieces and pieces[-1].weight == piece.weight and not piece.starts_chunk:
+                pieces[-1] = replace(pieces[-1], text=pieces[-1].text + text)
+            elif text or piece.starts_chunk:
+                pieces.append(piece)
         return pieces
+
+    def _read(self, text: str) -> None:
+        first, *others = _BREAK.split(text)
+        self._texts[-1] += first
+        for part in others:
+            self._start_piece()
+            self._breaks.add(len(self._texts) - 1)
+            self._texts[-1] = part
 
     def _begin(self, bracket: str) -> None:
         if sum(map(len, self._open.values())) >= _DEEPEST:

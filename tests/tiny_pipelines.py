@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ __all__ = [
     "tiny_autoencoder",
     "tiny_flux",
     "tiny_sd",
+    "tiny_sd2",
     "tiny_sd3",
     "tiny_sdxl",
     "tiny_taesd",
@@ -43,14 +46,14 @@ def tiny_t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TINY_TOKENS)
 
 
-def _text_encoder(cls: str = "CLIPTextModel") -> Any:
+def _text_encoder(cls: str = "CLIPTextModel", **more: Any) -> Any:
     import transformers
     from transformers import CLIPTextConfig
 
     vocabulary = _vocabulary()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
+        **{"hidden_size": 32, **more},
         intermediate_size=64,
         projection_dim=32,
         num_hidden_layers=2,
@@ -80,14 +83,13 @@ def _t5(width: int = 32) -> Any:
 def _unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    settings = {"cross_attention_dim": 32, **more}
+    settings = {"cross_attention_dim": 32, "attention_head_dim": 4, **more}
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
         norm_num_groups=16,
         **settings,
     )
@@ -106,10 +108,11 @@ def _vae(**more: Any) -> Any:
     )
 
 
-def _ddim() -> Any:
+def _ddim(**more: Any) -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
+        **more,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -180,6 +183,47 @@ def tiny_taesd(folder: Path, *, seed: int = 2, **more: Any) -> Path:
         return module
 
     return _saved(make, folder, seed)
+
+
+def tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
+    """A StableDiffusionPipeline as 2.x has it: velocity, heads by level, linear projections, a
+    wider text encoder. Its configs lack what is diffusers' default, as those of old diffusers do.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    def make() -> Any:
+        return StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=_text_encoder(hidden_size=48, hidden_act="gelu"),
+            tokenizer=tiny_tokenizer(),
+            unet=_unet(
+                cross_attention_dim=48, attention_head_dim=(2, 4), use_linear_projection=True
+            ),
+            scheduler=_ddim(prediction_type="v_prediction"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    _saved(make, folder, seed)
+    for name in ("unet", "vae"):
+        _leave_out_defaults(folder / name / "config.json")
+    return folder
+
+
+_ALWAYS = ("_class_name", "block_out_channels", "in_channels", "latent_channels", "out_channels")
+"""Keys that every diffusers wrote."""
+
+
+def _leave_out_defaults(path: Path) -> None:
+    import diffusers
+
+    config = json.loads(path.read_text())
+    cls = getattr(diffusers, config["_class_name"])
+    defaults = {p.name: p.default for p in signature(cls.__init__).parameters.values()}
+    kept = {k: v for k, v in config.items() if k in _ALWAYS or v != defaults.get(k, object())}
+    assert len(kept) < len(config)
+    path.write_text(json.dumps(kept))
 
 
 def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:

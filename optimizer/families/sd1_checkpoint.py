@@ -12,6 +12,7 @@ from optimizer.families.base_checkpoint import Part, Shapes, assets, read, shape
 from optimizer.families.ldm_checkpoint import DENOISER, UNET, VAE, unet_channels
 from optimizer.families.text_checkpoint import clip, open_clip, write_clip_vocabulary
 from profiles.errors import UnsupportedError
+from runners.console import Console
 
 __all__ = ["convert"]
 
@@ -48,6 +49,10 @@ def convert(checkpoint: Path, folder: Path) -> None:
             "unet/config.json": {"in_channels": 9},
         }
     elif version == "sd2" and _predicts_velocity(checkpoint):
+        Console().info(
+            f"{checkpoint}: its weights tell that it predicts velocity and draws 768 pixels; where "
+            "that is wrong, --prediction-type epsilon"
+        )
         changes = {
             "scheduler/scheduler_config.json": {"prediction_type": "v_prediction"},
             "unet/config.json": {"sample_size": 96},

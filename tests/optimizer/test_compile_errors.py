@@ -120,6 +120,8 @@ def test_truncated_weights(fails: Kiln, model: Path) -> None:
         (("--dtype", "fp16"), 10, "--dtype fp16 can't be used with the backend "),
         (("--dtype", "fp16"), 10, " on a CPU: use fp32"),
         (("--revision", "main"), 2, "is on disk and has no revisions: leave --revision out"),
+        (("--prediction-type", "x"), 2, "Input should be 'epsilon' or 'v_prediction'."),
+        (("--prediction-type", "epsilon"), 2, "leave --prediction-type out, which is for single "),
         (("--recipe", "none.json"), 2, "write one with `kiln inspect BUNDLE --recipe`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -19,7 +19,7 @@ import runners
 from optimizer.families import FAMILIES, family
 from optimizer.source import resolve
 from runners.bundle import read_manifest
-from tests.tiny_pipelines import TINY, tiny_flux, tiny_sd
+from tests.tiny_pipelines import TINY, tiny_flux, tiny_sd, tiny_sd2
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
@@ -29,6 +29,7 @@ LIMIT = 1
 MADE = {**{name: make for name, make in TINY.items() if name != "sd1"}}
 MADE["flux-schnell"] = partial(tiny_flux, guided=False)
 MADE["sd1-inpaint"] = partial(tiny_sd, inpaints=True)
+MADE["sd1-v2"] = tiny_sd2
 """sd1 has tests of its own."""
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from optimizer.families import base_checkpoint, flux_checkpoint, sd3_checkpoint
+from optimizer.source import resolve
+from optimizer.store import Store
 from profiles.errors import SpecError, UnsupportedError
 from tests.optimizer.checkpoints import (
     ASSETS,
@@ -82,6 +84,11 @@ def test_schnell_is_told_by_its_missing_guidance(
     assert config(small.folder, "transformer/config.json") == small.configs["transformer"]
     scheduler = config(small.folder, "scheduler/scheduler_config.json")
     assert (scheduler["shift"], scheduler["use_dynamic_shifting"]) == (1.0, False)
+
+
+def test_a_prediction_type_is_refused(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="of a family that predicts a flow and nothing else: leave"):
+        resolve(str(small.save()), store=Store(tmp_path / "cache"), prediction_type="epsilon")
 
 
 def test_fill_is_told_by_its_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,11 @@ def test_velocity_is_told_from_the_weights(
         source = resolve(str(small.save()), store=store)
         assert source.component_config("scheduler")["prediction_type"] == prediction
         assert source.component_config("unet")["sample_size"] == size
+        other = {"v_prediction": "epsilon", "epsilon": "v_prediction"}[prediction]
+        told = resolve(str(small.file), store=store, prediction_type=other)
+        assert told.component_config("scheduler")["prediction_type"] == other
+        assert told.component_config("unet")["sample_size"] == size
+        assert told.digest != source.digest
 
 
 @pytest.mark.parametrize("version", ["sd1", "sd2"])

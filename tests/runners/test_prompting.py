@@ -12,24 +12,12 @@ import torch
 
 from profiles.errors import SpecError, UnsupportedError
 from runners.prompting import prompts_of
-from runners.signature import Dim, Signature, TensorSpec
+from runners.signature import Dim
+from tests.runners.token_ranges import with_tokens
 from tests.tiny_pipelines import TINY_TOKENS
 
 ROOM = TINY_TOKENS - 2
 TOKENS = Dim(name="tokens", min=32, opt=32, max=96, multiple_of=32)
-
-
-def with_tokens(pipeline: Any, axis: int | Dim) -> Any:
-    """The pipeline as if its denoiser's engine took so many text tokens."""
-    name = axis if isinstance(axis, int) else axis.name
-    states = TensorSpec(name="encoder_hidden_states", dtype="float32", axes=("batch", name, 32))
-    batch = Dim(name="batch", min=1, opt=2, max=2)
-    dims = (batch,) if isinstance(axis, int) else (batch, axis)
-    signature = Signature(inputs=(states,), outputs=(), dims=dims)
-    entry = SimpleNamespace(signature=signature)
-    manifest = SimpleNamespace(component=lambda role: {"denoiser": entry}[role])
-    pipeline.kiln = SimpleNamespace(manifest=manifest)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +130,18 @@ def test_a_clip_skip_beyond_the_layers_is_refused(plain: Any) -> None:
     )
 
 
-def test_a_model_with_several_encoders_gets_the_text(plain: Any) -> None:
-    several = SimpleNamespace(tokenizer=plain.tokenizer, text_encoder_2=object())
-    found = prompts_of(several, r"a \(b\)", "c", clip_skip=1)
-    assert found.arguments(2) == {"prompt": ["a (b)"] * 2, "negative_prompt": ["c"] * 2}
+def test_a_break_ends_a_chunk(plain: Any) -> None:
+    found = prompts_of(with_tokens(plain, TOKENS), "a BREAK (b:1)", "", clip_skip=None)
+    both = torch.cat([own(plain, "a"), own(plain, "b")], dim=1)
+    assert torch.equal(found.one["prompt_embeds"], both)
+    assert found.one["negative_prompt_embeds"].shape == both.shape
+
+
+def test_a_model_of_other_encoders_gets_the_text(plain: Any) -> None:
+    other = SimpleNamespace(tokenizer=object(), text_encoder=plain.text_encoder)
+    found = prompts_of(other, r"a \(b\) BREAK d", "c", clip_skip=1)
+    assert found.arguments(2) == {"prompt": ["a (b) d"] * 2, "negative_prompt": ["c"] * 2}
     with pytest.raises(UnsupportedError, match=r"The negative prompt holds weights.*write \\\("):
-        prompts_of(several, "a", "(b)", clip_skip=None)
-    with pytest.raises(UnsupportedError, match="--clip-skip 2 is for models with one CLIP"):
-        prompts_of(several, "a", "b", clip_skip=2)
+        prompts_of(other, "a", "(b)", clip_skip=None)
+    with pytest.raises(UnsupportedError, match="--clip-skip 2 is for models with CLIP"):
+        prompts_of(other, "a", "b", clip_skip=2)

@@ -6,16 +6,14 @@ reading a weight.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from optimizer.backends import How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
+from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.legality import require_formats, require_target
@@ -121,7 +119,7 @@ class Plan:
     drawn_size: int
     """The side of the recorded runs: the native one, or the legal one nearest to it."""
     size_step: int
-    defaults: dict[str, int | float] = field(default_factory=dict)
+    drawn: Drawn
 
     @property
     def undecided(self) -> bool:
@@ -152,7 +150,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             f"{source.name} isn't the model that the recipe was made for (its files differ): give "
             "the right MODEL, or remove `digest` from the recipe."
         )
-    known = family_named(source.family)
+    known = family_named(source.family).of(source.folders)
     if source.kind == "onnx":
         known = as_exported(known)
     configs = {
@@ -168,9 +166,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     if source.kind == "onnx":
         require_onnx_buildable(source.name, quant, backend)
     ranges = _ranges(recipe, native, step)
-    defaults = _defaults(source.folder)
+    drawn = drawn_with(recipe, source, known, configs)
     largest = max(_parameters(_shapes(spec, source)) for spec in known.components)
-    steps = recipe.steps or int(defaults.get("steps", default_steps(largest)))
     resolved = recipe.model_copy(
         update={
             "quant": quant,
@@ -180,7 +177,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "profile": profile.name,
             "size_min": ranges.size_min,
             "size_max": ranges.size_max,
-            "steps": steps,
+            "steps": drawn.steps or default_steps(largest),
             "revision": source.revision,
             "digest": source.digest,
         }
@@ -190,8 +187,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         for name, signature in known.signatures(configs, ranges).items()
     }
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
-    guidance = float(defaults.get("guidance", 7.5))
-    calibration = calibration_of(resolved, source.folder, largest, guidance)
+    calibration = calibration_of(resolved, source.folder, largest, drawn)
     plan = Plan(
         recipe=resolved,
         source=source,
@@ -202,7 +198,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         native_size=native,
         drawn_size=ranges.side(step).nearest(native),
         size_step=step,
-        defaults=defaults,
+        drawn=drawn,
     )
     if plan.undecided and resolved.budget is not None:
         job = plan.denoiser
@@ -318,12 +314,3 @@ def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
         return recipe.policy
     policy = default_policy("int8" if quant == AUTO else quant, spec, solver)
     return legal_policy(policy, backend_named(str(recipe.backend)))
-
-
-def _defaults(folder: Path) -> dict[str, int | float]:
-    """Steps and guidance that the model's own kiln.json recommends."""
-    path = folder / "kiln.json"
-    if not path.is_file():
-        return {}
-    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return {key: document[key] for key in ("steps", "guidance") if key in document}

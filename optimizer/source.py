@@ -64,6 +64,11 @@ class ModelSource:
             if not name.startswith("_") and (value is None or isinstance(value, str | int | float))
         }
 
+    @property
+    def folders(self) -> frozenset[str]:
+        """The folders that are used: those of components, of tokenizers and of the scheduler."""
+        return frozenset(name.partition("/")[0] for name in self.files if "/" in name)
+
     def component_config(self, name: str) -> dict[str, Any]:
         """Return the config of a component's folder, such as "unet" or "scheduler"."""
         for file in ("config.json", f"{name}_config.json", "preprocessor_config.json"):

@@ -41,6 +41,11 @@ TASKS: dict[str, dict[str, str]] = {
         "img2img": "FluxImg2ImgPipeline",
         "inpaint": "FluxInpaintPipeline",
     },
+    "LatentConsistencyModelPipeline": {
+        "text-to-image": "LatentConsistencyModelPipeline",
+        "img2img": "LatentConsistencyModelImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+    },
     "StableDiffusion3Pipeline": {
         "text-to-image": "StableDiffusion3Pipeline",
         "img2img": "StableDiffusion3Img2ImgPipeline",
@@ -51,6 +56,10 @@ TASKS: dict[str, dict[str, str]] = {
         "text-to-image": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
         "inpaint": "StableDiffusionInpaintPipeline",
+    },
+    "StableDiffusionXLImg2ImgPipeline": {
+        "img2img": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
     },
     "StableDiffusionXLInpaintPipeline": {"inpaint": "StableDiffusionXLInpaintPipeline"},
     "StableDiffusionXLPipeline": {

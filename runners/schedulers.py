@@ -8,9 +8,14 @@ from profiles.errors import SpecError
 
 __all__ = ["SCHEDULERS", "with_scheduler"]
 
+_LATENT = {"clip_sample": False}
+"""Latents aren't pixels in -1..1, which these classes cut their samples to by default."""
+_TRAILING = {"timestep_spacing": "trailing"}
+
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", _LATENT),
+    "ddim_trailing": ("DDIMScheduler", {**_LATENT, **_TRAILING}),
+    "ddpm": ("DDPMScheduler", _LATENT),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmpp_2m_karras": (
         "DPMSolverMultistepScheduler",
@@ -19,17 +24,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", _TRAILING),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 """Name -> diffusers' class and the settings that the name means."""
 
 
 def with_scheduler(pipeline: Any, name: str) -> None:
-    """Give the pipeline another scheduler, made from the model's own scheduler config.
+    """Give the pipeline another scheduler, made from the model's own scheduler config: where steps
+    lie (a few-step model's `timestep_spacing`) stays, unless the name says otherwise.
 
     Raises SpecError for an unknown name.
     """

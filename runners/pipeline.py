@@ -126,7 +126,8 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
             f"{', '.join(TASKS)}."
         )
     if task not in tasks:
-        raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}.")
+        needs = "" if "text-to-image" in tasks else "; the model changes pictures: give it --image"
+        raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}{needs}.")
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)

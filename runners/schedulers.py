@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from profiles.errors import SpecError
 
-__all__ = ["SCHEDULERS", "with_scheduler"]
+__all__ = ["SCHEDULERS", "spreads_steps", "with_scheduler"]
 
 _LATENT = {"clip_sample": False}
 """Latents aren't pixels in -1..1, which these classes cut their samples to by default."""
@@ -39,7 +41,7 @@ def with_scheduler(pipeline: Any, name: str) -> None:
     """Give the pipeline another scheduler, made from the model's own scheduler config: where steps
     lie (a few-step model's `timestep_spacing`) stays, unless the name says otherwise.
 
-    Raises SpecError for an unknown name.
+    Raises SpecError for an unknown name, and for one that the pipeline's class can't use.
     """
     if name not in SCHEDULERS:
         raise SpecError(
@@ -48,4 +50,17 @@ def with_scheduler(pipeline: Any, name: str) -> None:
     import diffusers
 
     cls, settings = SCHEDULERS[name]
-    pipeline.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **settings)
+    scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **settings)
+    if spreads_steps(type(pipeline).__call__) and not spreads_steps(scheduler.set_timesteps):
+        raise SpecError(
+            f"--scheduler {name} can't be used with this bundle's {type(pipeline).__name__}: leave "
+            "it out, or use --scheduler lcm."
+        )
+    pipeline.scheduler = scheduler
+
+
+def spreads_steps(function: Callable[..., Any]) -> bool:
+    """Whether a pipeline's call or a scheduler's set_timesteps is a consistency model's, which runs
+    some of the steps that it was distilled on.
+    """
+    return "original_inference_steps" in inspect.signature(function).parameters

@@ -170,8 +170,7 @@ def _notes(pipeline: Any, request: Request, settings: dict[str, Any]) -> list[st
 
 def _guides(pipeline: Any, settings: dict[str, Any]) -> bool:
     """Whether a step compares what the prompt gives with what the negative prompt gives."""
-    parameters = _parameters(pipeline)
-    if "negative_prompt" not in parameters or "true_cfg_scale" in parameters:
+    if "negative_prompt" not in _parameters(pipeline):
         return False
     unet = getattr(pipeline, "unet", None)
     if unet is not None and unet.config.time_cond_proj_dim is not None:

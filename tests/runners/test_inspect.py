@@ -30,5 +30,5 @@ def test_a_recipe_is_complete_and_names_no_path(kiln: Kiln, bundle: MakeBundle) 
     assert recipe["model"] == "tiny"
     absent = {name for name, value in recipe.items() if value is None}
     wishes_of_auto = {"budget", "min_quality", "policy"}
-    assert absent == {"revision", "calibration", "target", *wishes_of_auto}
+    assert absent == {"revision", "calibration", "few_step", "target", *wishes_of_auto}
     assert (recipe["quant"], recipe["dtype"], recipe["backend"]) == ("none", "fp32", "openvino")

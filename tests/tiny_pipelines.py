@@ -16,6 +16,7 @@ __all__ = [
     "tiny_sd3",
     "tiny_sdxl",
     "tiny_tokenizer",
+    "tiny_unet_xl",
 ]
 
 TINY_TOKENS = 32
@@ -172,7 +173,7 @@ def tiny_lcm(folder: Path, *, seed: int = 0) -> Path:
     return _saved(make, folder, seed)
 
 
-def _unet_xl(*, width: int = 64, sizes: int = 6, **more: Any) -> Any:
+def tiny_unet_xl(*, width: int = 64, sizes: int = 6, **more: Any) -> Any:
     """SDXL's, for so many numbers a token and so many of sizes, of 8 features each."""
     return _unet(
         cross_attention_dim=width,
@@ -196,7 +197,7 @@ def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
             tokenizer=tiny_tokenizer(),
             tokenizer_2=tiny_tokenizer(),
-            unet=_unet_xl(),
+            unet=tiny_unet_xl(),
             scheduler=_ddim(),
             add_watermarker=False,
         )
@@ -215,7 +216,7 @@ def tiny_refiner(folder: Path, *, seed: int = 1) -> Path:
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
             tokenizer=None,
             tokenizer_2=tiny_tokenizer(),
-            unet=_unet_xl(width=32, sizes=5),
+            unet=tiny_unet_xl(width=32, sizes=5),
             scheduler=_ddim(),
             requires_aesthetics_score=True,
             force_zeros_for_empty_prompt=False,

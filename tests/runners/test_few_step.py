@@ -16,12 +16,13 @@ from PIL import Image
 import runners
 from profiles.errors import SpecError
 from runners.bundle import read_manifest
+from runners.denoisers import FEEDS
 from runners.modules import WRAPPERS
 from runners.requests import Request
 from runners.schedulers import SCHEDULERS, with_scheduler
 from runners.workflows import pictures
 from tests.conftest import SETTINGS, _run_here
-from tests.tiny_pipelines import tiny_lcm
+from tests.tiny_pipelines import tiny_lcm, tiny_unet_xl
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 """diffusers 0.42's Euler schedulers on numpy 2."""
@@ -267,8 +268,27 @@ def test_an_exported_unet_gets_its_guidance_by_name() -> None:
         assert found == {**named, "return_dict": False}
 
 
-def test_a_unets_inputs_choose_its_wrapper() -> None:
-    for width, name in ((None, "UNet"), (24, "GuidedUNet")):
-        module = torch.nn.Module()
-        module.config = {"time_cond_proj_dim": width}  # type: ignore[assignment]
-        assert type(WRAPPERS["unet"](module)).__name__ == name
+@pytest.mark.parametrize("width", [None, 24], ids=["plain", "guided"])
+def test_sdxls_unet_is_wrapped_by_what_it_takes(width: int | None) -> None:
+    """The wrapper's inputs, in the signature's order, are the UNet's own numbers."""
+    generator = torch.Generator().manual_seed(0)
+    module = tiny_unet_xl(time_cond_proj_dim=width).eval()
+    given: dict[str, Any] = {
+        "sample": torch.randn((2, 4, 16, 16), generator=generator),
+        "timestep": torch.tensor(499),
+        "encoder_hidden_states": torch.randn((2, 7, 64), generator=generator),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn((2, 32), generator=generator),
+            "time_ids": torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2),
+        },
+    }
+    if width is not None:
+        given["timestep_cond"] = torch.randn((2, width), generator=generator)
+    names = ["sample", "time_features", "encoder_hidden_states", "text_embeds", "size_features"]
+    if width is not None:
+        names.insert(2, "timestep_cond")
+    with torch.no_grad():
+        wanted = module(**given, return_dict=False)[0]
+        feeds = FEEDS["unet"](module.config, given)
+        (found,) = WRAPPERS["unet"](module)(*(feeds[name] for name in names))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -180,6 +180,8 @@ def _copy_assets(plan: Plan, folder: Path) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plan.source.folder / name, target)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(plan.drawn.scheduler, indent=2), "utf-8")
 
 
 def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Path) -> Manifest:
@@ -200,7 +202,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
         ),
         native_size=plan.native_size,
         size_step=plan.size_step,
-        defaults=plan.defaults,
+        defaults=plan.drawn.defaults,
         recipe=_portable(plan),
         policies={job.spec.name: job.policy.model_dump(mode="json") for job in plan.jobs},
         components=tuple(entries),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from optimizer.drawn import Drawn
 from optimizer.prompts import NEUTRAL, read_prompts
 from optimizer.recipe import Recipe
 from optimizer.sizes import LARGE
@@ -28,7 +29,8 @@ class Calibration:
     """Runs that GPTQ's covariances come from: `prompts` and more (24 runs instead of 8 were worth
     3 dB on the reference model, at equal bytes)."""
     steps: int
-    guidance: float
+    guidance: float | None
+    """None: the default of diffusers' pipeline."""
     seed: int
     """Of the first of all prompts; each has its own noise."""
 
@@ -38,20 +40,28 @@ class Calibration:
         return tuple(dict.fromkeys((*self.held_out, *self.covariance_prompts, *self.trial)))
 
 
+_MOST_TIMES = 4
+"""Runs of a large model of few steps, in those of an ordinary one: 16 prompts in all."""
+
+
 def default_steps(parameters: int) -> int:
     """Of a denoising run: 20, as most users draw; of a large model, two of 16 make 32 calls."""
     return 16 if parameters > LARGE else 20
 
 
-def calibration_of(recipe: Recipe, folder: Path, parameters: int, guidance: float) -> Calibration:
+def calibration_of(recipe: Recipe, folder: Path, parameters: int, drawn: Drawn) -> Calibration:
     """Prompts of the recipe, else of the model's own list where it has one, else kiln's.
 
-    `parameters`: of the model's largest component.
+    `parameters`: of the model's largest component; `recipe` says how many steps.
     """
     own = folder / "prompts" / "calibration.txt"
     path = own if own.is_file() else NEUTRAL
     prompts = list(dict.fromkeys(recipe.calibration or read_prompts(path)))
+    steps = recipe.steps or default_steps(parameters)
     runs, held_out, trial, more = (2, 1, 1, 0) if parameters > LARGE else (8, 4, 2, 16)
+    if parameters > LARGE and drawn.is_few_step:  # as many calls as of ordinary models
+        times = min(_MOST_TIMES, max(1, default_steps(parameters) // steps))
+        runs, held_out, trial = times * runs, times * held_out, times * trial
     needed = runs + held_out + trial + more
     if len(prompts) < needed:
         where = "--calibration" if recipe.calibration else str(path)
@@ -64,7 +74,7 @@ def calibration_of(recipe: Recipe, folder: Path, parameters: int, guidance: floa
         held_out=tuple(rest[:held_out]),
         trial=tuple(rest[held_out : held_out + trial]),
         covariance_prompts=(*calibrating, *rest[held_out + trial :]),
-        steps=recipe.steps or default_steps(parameters),
-        guidance=guidance,
+        steps=steps,
+        guidance=drawn.guidance,
         seed=recipe.seed,
     )

@@ -47,6 +47,9 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--size", metavar="WxH", help="The one size that must work, such as 512x512.")
 @click.option("--batch", type=int, help="Pictures at once that must work [default: 4]")
 @click.option("--steps", type=int, help="Of calibration and measurement.")
+@click.option(
+    "--few-step", help="hyper, lcm, lightning or turbo: what the model was distilled with."
+)
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe's file.")
 @click.option("--force", is_flag=True, help="Replace another bundle at -o.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -79,6 +82,7 @@ def compile_command(
     profile: str | None,
     batch: int | None,
     steps: int | None,
+    few_step: str | None,
 ) -> None:
     """Make a bundle from MODEL: a diffusers folder, a hub id, or a .safetensors checkpoint."""
     quiet_libraries()
@@ -105,6 +109,7 @@ def compile_command(
         "profile": profile,
         "batch": batch,
         "steps": steps,
+        "few_step": few_step,
         **_sizes(size_range, size),
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)

@@ -168,6 +168,7 @@ class _Stages:
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
             "size": plan.drawn_size,
+            "scheduler": plan.drawn.scheduler,
             "tools": versions((*TORCH, "onnxruntime") if plan.source.kind == "onnx" else TORCH),
             **({} if plan.draws_from_text else self._vae),
         }

@@ -82,6 +82,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "projection_dim": _WHOLE,
     "sample_size": _WHOLE,
     "steps": (_is_step_count, "a whole number from 1 to 1000"),
+    "time_cond_proj_dim": _WHOLE,
     "upsampling_scaling_factor": _WHOLE,
 }
 """The keys that are read before a library reads the config: whether a value is right, and what it

@@ -1,11 +1,13 @@
 """A diffusers pipeline with one component loaded at a time: text in, embeddings; those in, latents.
 
-Models that repaint a part of a picture get one to repaint: a gradient, its middle masked.
+Models that repaint a part of a picture get one to repaint: a gradient, its middle masked. Those
+that only change pictures get noise with the spectrum of photographs.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,11 +85,11 @@ def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
     """diffusers' pipeline with only some components loaded; latents come out undecoded."""
     source = plan.source
     cls = getattr(diffusers, source.pipeline_class)
-    repaints = "mask_image" in inspect.signature(cls.__call__).parameters
-    encoder = _vae_encoder(plan) if repaints else None
-    scheduler = source.checked_config("scheduler")
+    takes_pictures = "image" in inspect.signature(cls.__call__).parameters
+    encoder = _vae_encoder(plan) if takes_pictures else None
+    scheduler = plan.drawn.scheduler
     parts: dict[str, Any] = {
-        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler.document),
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
         "vae": _Undecoded(source.component_config("vae"), encoder),
     }
     for spec in plan.family.components:
@@ -144,21 +146,43 @@ def loaded_denoiser(plan: Plan) -> Iterator[tuple[Any, nn.Module]]:
 
 
 def denoise(plan: Plan, pipeline: Any, embeddings: Embeddings, prompt: str, side: int) -> Tensor:
-    """The latents that would be decoded."""
+    """The latents that would be decoded, after the plan's number of denoiser calls."""
     seed = plan.calibration.seed + plan.calibration.all_prompts.index(prompt)
-    repaints = "mask_image" in inspect.signature(pipeline.__call__).parameters
-    pipeline(
+    parameters = inspect.signature(pipeline.__call__).parameters
+    given: dict[str, Any] = {
         **embeddings[prompt],
-        **(_to_repaint(side) if repaints else {}),
-        num_inference_steps=plan.calibration.steps,
-        guidance_scale=plan.calibration.guidance,
-        height=side,
-        width=side,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="pt",
-    )
+        "num_inference_steps": plan.calibration.steps,
+        "guidance_scale": plan.calibration.guidance,
+        "height": side,
+        "width": side,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        "output_type": "pt",
+    }
+    if "mask_image" in parameters:
+        given |= _to_repaint(side)
+    elif "image" in parameters:
+        steps = _scheduled(plan.calibration.steps, parameters["strength"].default)
+        given |= {"image": _to_change(side, seed), "num_inference_steps": steps}
+    pipeline(**{n: x for n, x in given.items() if n in parameters and x is not None})
     latents: Tensor = pipeline.vae.latents
     return latents
+
+
+def _scheduled(steps: int, strength: float) -> int:
+    """Of how many scheduled steps a pipeline runs `steps` at this strength: int(n * strength)."""
+    found = math.ceil(steps / strength)
+    return found if int(found * strength) >= steps else found + 1
+
+
+def _to_change(side: int, seed: int) -> Image.Image:
+    """Coloured noise whose amplitudes fall with frequency, as in photographs (Field 1987)."""
+    rng = np.random.default_rng(seed)
+    waves = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    waves[0, 0] = 1 / side
+    white = np.fft.rfft2(rng.standard_normal((3, side, side)))
+    field = np.fft.irfft2(white / waves, s=(side, side))
+    levels = 128 + 64 * field / field.std()
+    return Image.fromarray(np.moveaxis(levels, 0, -1).clip(0, 255).astype(np.uint8))
 
 
 def _to_repaint(side: int) -> dict[str, Image.Image]:

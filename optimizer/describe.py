@@ -55,6 +55,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "profile": plan.profile.name,
         "recipe": plan.recipe.model_dump(mode="json"),
         "adapted": _adapted(plan),
+        "scheduler": plan.drawn.scheduler,
+        "defaults": plan.drawn.defaults,
         "predicted_memory_bytes": plan.predicted_memory_bytes,
         "predicted_bytes": sum(job.predicted_bytes for job in plan.jobs),
         "components": [
@@ -102,7 +104,7 @@ def plan_text(plan: Plan) -> str:
         f"predicted: {total / 1e6:.1f} MB on disk ({total / fp32:.2f}x of fp32), at most "
         f"{plan.predicted_memory_bytes / 2**30:.1f} GiB of memory while compiling",
         f"runs: {len(runs.prompts)} to calibrate, {len(runs.held_out)} held out to check, "
-        f"{runs.steps} steps each",
+        f"{runs.steps} steps each with {plan.drawn.scheduler['_class_name']}",
     ]
     return "\n".join(lines)
 

@@ -139,7 +139,8 @@ def choose_files(names: Iterable[str], *, index: Mapping[str, Any], where: str) 
     components = _component_names(index)
     family = families.family(family_of(index, where=where))
     weighted = {component.folder for component in family.components}
-    if absent := sorted(weighted - components):
+    needed = {component.folder for component in family.components if not component.optional}
+    if absent := sorted(needed - components):
         raise SpecError(f"model_index.json of {where} names no {absent[0]}: give a whole pipeline")
     used = [name for name in names if name in _EXTRAS]
     for component in sorted(components):

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from optimizer.backends import How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
-from optimizer.configs import Config, read_json
+from optimizer.configs import Config
+from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.parts import with_vae
@@ -125,7 +125,7 @@ class Plan:
     """The side of the recorded runs: what the recipe asks for, else the legal one nearest to the
     native one."""
     size_step: int
-    defaults: dict[str, int | float] = field(default_factory=dict)
+    drawn: Drawn
 
     @property
     def undecided(self) -> bool:
@@ -157,7 +157,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     Raises SpecError for illegal ranges, UnsupportedError for what backend or machine can't do.
     """
     _require_digests(recipe, source)
-    known = family_named(source.family)
+    known = family_named(source.family).of(source.folders)
     if source.kind == "onnx":
         known = as_exported(known)
     configs = {
@@ -175,9 +175,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     if source.kind == "onnx":
         require_onnx_buildable(source.name, quant, backend)
     ranges = _ranges(recipe, native, step)
-    defaults = _defaults(source.folder)
+    drawn = drawn_with(recipe, source, known, configs)
     largest = max(_parameters(_shapes(spec, source)) for spec in known.components)
-    steps = recipe.steps or int(defaults.get("steps", default_steps(largest)))
     resolved = recipe.model_copy(
         update={
             "quant": quant,
@@ -187,7 +186,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "profile": profile.name,
             "size_min": ranges.size_min,
             "size_max": ranges.size_max,
-            "steps": steps,
+            "steps": drawn.steps or default_steps(largest),
             "revision": source.revision,
             "digest": source.digest,
             "vae_revision": source.vae and source.vae.revision,
@@ -196,8 +195,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     )
     signatures = _signatures(known, source, configs, ranges)
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
-    guidance = float(defaults.get("guidance", 7.5))
-    calibration = calibration_of(resolved, source.folder, largest, guidance)
+    calibration = calibration_of(resolved, source.folder, largest, drawn)
     plan = Plan(
         recipe=resolved,
         source=source,
@@ -208,7 +206,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         native_size=native,
         drawn_size=_drawn_size(recipe.calibration_size, native, ranges.side(step)),
         size_step=step,
-        defaults=defaults,
+        drawn=drawn,
     )
     if plan.undecided and resolved.budget is not None:
         job = plan.denoiser
@@ -362,12 +360,3 @@ def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
         return recipe.policy
     policy = default_policy("int8" if quant == AUTO else quant, spec, solver)
     return legal_policy(policy, backend_named(str(recipe.backend)))
-
-
-def _defaults(folder: Path) -> dict[str, int | float]:
-    """Steps and guidance that the model's own kiln.json recommends."""
-    path = folder / "kiln.json"
-    if not path.is_file():
-        return {}
-    config = Config(read_json(path), path)
-    return {key: config[key] for key in ("steps", "guidance") if key in config}

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from optimizer.families.few_step import FEW_STEP
 from optimizer.quantize.policy import AUTO, Policy, policy_names
 from optimizer.quantize.solvers import SOLVERS
 from profiles.errors import SpecError
@@ -56,8 +57,11 @@ class Recipe(BaseModel):
     """The sides in pixels that must work; by default half and four times the native one."""
     batch: int = Field(default=4, ge=1, le=64)
     """The pictures at once that must work."""
+    few_step: str | None = None
+    """What the model was distilled with, where its files don't say it."""
     steps: int | None = Field(default=None, ge=1, le=1000)
-    """Of calibration and measurement; by default what the model's kiln.json says, else 20."""
+    """Of calibration and measurement, and the bundle's default where the model takes few; by
+    default what the model's kiln.json says, else 20."""
     calibration: tuple[str, ...] | None = None
     """Prompts; by default the model's own list where it has one, else kiln's neutral one."""
     calibration_size: int | None = Field(default=None, ge=1)
@@ -85,6 +89,13 @@ class Recipe(BaseModel):
     def _legal_budget(cls, value: str | None) -> str | None:
         if value is not None:
             parse_budget(value, 1)
+        return value
+
+    @field_validator("few_step")
+    @classmethod
+    def _known_few_step(cls, value: str | None) -> str | None:
+        if value is not None and value not in FEW_STEP:
+            raise ValueError(f"--few-step {value} is not known: use one of {_list(FEW_STEP)}")
         return value
 
     @field_validator("backend")

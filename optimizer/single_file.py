@@ -46,7 +46,7 @@ _PIECES = {
 }
 """What a file without a denoiser is, by how one of its names begins; LoRAs by what it holds."""
 
-_VERSION = 2
+_VERSION = 3
 """Raised when a converter writes anything else than before."""
 
 

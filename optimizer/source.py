@@ -81,6 +81,11 @@ class ModelSource:
         """Return where a component's config and weights lie."""
         return self.vae.folder if self.vae and name == _VAE else self.folder / name
 
+    @property
+    def folders(self) -> frozenset[str]:
+        """The folders that are used: those of components, of tokenizers and of the scheduler."""
+        return frozenset(name.partition("/")[0] for name in self.files if "/" in name)
+
     def component_config(self, name: str) -> dict[str, Any]:
         """Return the config of a component's folder, such as "unet" or "scheduler".
 

@@ -130,6 +130,10 @@ class UNetAdapter(_DenoiserAdapter):
 
     wrapper = "unet"
 
+    def __init__(self, config: dict[str, Any], engine: OpenEngine) -> None:
+        """Take the UNet's config, in which pipelines look for an input for guidance."""
+        super().__init__({"time_cond_proj_dim": None, **config}, engine)
+
     @property
     def add_embedding(self) -> SimpleNamespace:
         """Whose width SDXL's pipelines compare with what they give."""

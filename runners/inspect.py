@@ -46,6 +46,9 @@ def _text(manifest: Manifest) -> str:
         f"made by    kiln {manifest.kiln} on {manifest.hardware['cpu']['name']}",
         "tools      " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items() if k != "kiln"),
     ]
+    if manifest.defaults:
+        named = ", ".join(f"{name} {value:g}" for name, value in manifest.defaults.items())
+        lines.append(f"default    {named}")
     if manifest.speed is not None:
         speed = manifest.speed
         lines.append(

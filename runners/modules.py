@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from profiles.errors import SpecError
+from runners.unets import TimestepUNet, unet_wrapper
 
 __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 
@@ -122,62 +123,6 @@ class T5Text(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor]:
         """Encode padded prompts; like the pipelines, without a mask."""
         return (self.module(input_ids=input_ids).last_hidden_state,)
-
-
-class UNet(nn.Module):
-    """sample, time_features [batch, width], encoder_hidden_states [, text_embeds, size_features
-    [batch, width]] -> the raw prediction, [batch, channels, height, width].
-
-    Features are the sines and cosines of the timestep and of SDXL's sizes.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        """Wrap a UNet2DConditionModel; it takes features instead of numbers."""
-        super().__init__()
-        module.get_time_embed = _given_features  # type: ignore[assignment]
-        if hasattr(module, "add_time_proj"):
-            module.add_time_proj = nn.Identity()
-        self.module = module
-
-    def forward(
-        self,
-        sample: Tensor,
-        time_features: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        size_features: Tensor | None = None,
-    ) -> tuple[Tensor]:
-        """One step's prediction, before guidance."""
-        added = {"text_embeds": text_embeds, "time_ids": size_features}
-        output = self.module(
-            sample,
-            time_features,
-            encoder_hidden_states,
-            added_cond_kwargs=None if text_embeds is None else added,
-            return_dict=False,
-        )
-        return (output[0],)
-
-
-def _given_features(sample: Tensor, timestep: Tensor) -> Tensor:
-    """In the place of UNet2DConditionModel.get_time_embed."""
-    return timestep.to(sample.dtype)
-
-
-class TimestepUNet(nn.Module):
-    """sample, timestep [batch], encoder_hidden_states -> the raw prediction, shaped as sample."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """Wrap what stands for a UNet2DConditionModel that optimum exported."""
-        super().__init__()
-        self.module = module
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
-    ) -> tuple[Tensor]:
-        """One step's prediction, before guidance."""
-        output = self.module(sample, timestep, encoder_hidden_states, return_dict=False)
-        return (output[0],)
 
 
 class Sd3Transformer(nn.Module):
@@ -316,7 +261,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clip_plain": ClipPlain,
     "clip_hidden": ClipHidden,
     "t5_text": T5Text,
-    "unet": UNet,
+    "unet": unet_wrapper,
     "unet_timestep": TimestepUNet,
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,

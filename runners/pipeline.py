@@ -41,6 +41,11 @@ TASKS: dict[str, dict[str, str]] = {
         "img2img": "FluxImg2ImgPipeline",
         "inpaint": "FluxInpaintPipeline",
     },
+    "LatentConsistencyModelPipeline": {
+        "text-to-image": "LatentConsistencyModelPipeline",
+        "img2img": "LatentConsistencyModelImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+    },
     "StableDiffusion3Pipeline": {
         "text-to-image": "StableDiffusion3Pipeline",
         "img2img": "StableDiffusion3Img2ImgPipeline",
@@ -51,6 +56,10 @@ TASKS: dict[str, dict[str, str]] = {
         "text-to-image": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
         "inpaint": "StableDiffusionInpaintPipeline",
+    },
+    "StableDiffusionXLImg2ImgPipeline": {
+        "img2img": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
     },
     "StableDiffusionXLInpaintPipeline": {"inpaint": "StableDiffusionXLInpaintPipeline"},
     "StableDiffusionXLPipeline": {
@@ -117,7 +126,8 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
             f"{', '.join(TASKS)}."
         )
     if task not in tasks:
-        raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}.")
+        needs = "" if "text-to-image" in tasks else "; the model changes pictures: give it --image"
+        raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}{needs}.")
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from profiles.errors import SpecError
 from runners.drawing import Drawing, drawing_of
 from runners.requests import Request
+from runners.schedulers import spreads_steps, with_scheduler
 
 __all__ = ["pictures"]
 
@@ -36,15 +37,13 @@ def pictures(
     from runners.prompting import prompts_of
 
     if request.scheduler is not None:
-        from runners.schedulers import with_scheduler
-
         with_scheduler(pipeline, request.scheduler)
     drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
     settings = _settings(pipeline, request, drawing)
     prompts = prompts_of(
         pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
     )
-    for note in (*drawing.notes, *prompts.notes):
+    for note in (*drawing.notes, *prompts.notes, *_notes(pipeline, request, settings)):
         if say is not None:
             say(note)
     cell = pipeline.vae_scale_factor
@@ -74,7 +73,7 @@ def _settings(pipeline: Any, request: Request, drawing: Drawing) -> dict[str, An
     """Steps, guidance and strength as the request, the model or the pipeline's class has them, and
     the size, where the class doesn't take that of the image anyway.
     """
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    parameters = _parameters(pipeline)
     defaults = pipeline.kiln.manifest.defaults
     wanted = {
         "num_inference_steps": request.steps or defaults.get("steps"),
@@ -90,9 +89,56 @@ def _settings(pipeline: Any, request: Request, drawing: Drawing) -> dict[str, An
         for name, value in wanted.items()
         if name in parameters
     }
-    if "strength" in settings:
-        _check_steps_left(int(settings["num_inference_steps"]), settings["strength"])
+    if request.steps is None:
+        settings["num_inference_steps"] = _enough_steps(pipeline, settings)
+    _check_steps(pipeline, settings)
     return settings
+
+
+def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _most_steps(pipeline: Any) -> int | None:
+    """The steps that a consistency model was distilled on; what it runs are some of them."""
+    if not spreads_steps(pipeline.scheduler.set_timesteps):
+        return None
+    return int(pipeline.scheduler.config.original_inference_steps)
+
+
+def _runs_all(pipeline: Any) -> bool:
+    """Whether an image's strength moves all steps instead of leaving some out."""
+    return spreads_steps(type(pipeline).__call__)
+
+
+def _enough_steps(pipeline: Any, settings: dict[str, Any]) -> int:
+    """The default steps, or as many as it takes to run one at an image's strength."""
+    steps, strength = int(settings["num_inference_steps"]), settings.get("strength")
+    if not strength or _runs_all(pipeline):
+        return steps
+    least = math.ceil(1 / strength)
+    return max(steps, least) if least <= (_most_steps(pipeline) or least) else steps
+
+
+def _check_steps(pipeline: Any, settings: dict[str, Any]) -> None:
+    """Raise SpecError for steps that the scheduler or an image's strength has no place for."""
+    steps, strength = int(settings["num_inference_steps"]), settings.get("strength")
+    if (most := _most_steps(pipeline)) is not None:
+        part = strength if _runs_all(pipeline) and strength is not None else 1.0
+        _check_most_steps(steps, int(most * part), part)
+    if strength is not None and not _runs_all(pipeline):
+        _check_steps_left(steps, strength)
+
+
+def _check_most_steps(steps: int, most: int, strength: float) -> None:
+    """A consistency model's steps are some of those that it was distilled on."""
+    if steps <= most:
+        return
+    where = "" if strength == 1 else f" at --strength {strength:g}"
+    fix = f"use --steps {most} or fewer" if most else "use more --strength"
+    raise SpecError(
+        f"--steps {steps} is more than the {most} that this model's scheduler has{where}: {fix}."
+    )
 
 
 def _check_steps_left(steps: int, strength: float) -> None:
@@ -106,6 +152,30 @@ def _check_steps_left(steps: int, strength: float) -> None:
         f"--strength {strength:g} of {steps} steps runs none, so nothing would change: use "
         f"--strength {least:.2f} or more, or more --steps."
     )
+
+
+def _notes(pipeline: Any, request: Request, settings: dict[str, Any]) -> list[str]:
+    """Sentences on what the request's numbers mean for this model."""
+    steps = settings["num_inference_steps"]
+    said = []
+    if request.steps is None and steps > pipeline.kiln.manifest.defaults.get("steps", steps):
+        said.append(f"{steps} steps are planned, so that one runs at this strength.")
+    if request.negative_prompt and not _guides(pipeline, settings):
+        said.append(
+            "The negative prompt has no effect: it needs guidance of more than 1, in a model that "
+            "compares with one."
+        )
+    return said
+
+
+def _guides(pipeline: Any, settings: dict[str, Any]) -> bool:
+    """Whether a step compares what the prompt gives with what the negative prompt gives."""
+    if "negative_prompt" not in _parameters(pipeline):
+        return False
+    unet = getattr(pipeline, "unet", None)
+    if unet is not None and unet.config.time_cond_proj_dim is not None:
+        return False
+    return bool(settings["guidance_scale"] > 1)
 
 
 def _facts(pipeline: Any, request: Request, settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,15 @@ __all__ = [
     "TINY_TOKENS",
     "tiny_autoencoder",
     "tiny_flux",
+    "tiny_lcm",
+    "tiny_refiner",
     "tiny_sd",
     "tiny_sd2",
     "tiny_sd3",
     "tiny_sdxl",
     "tiny_taesd",
     "tiny_tokenizer",
+    "tiny_unet_xl",
 ]
 
 TINY_TOKENS = 32
@@ -226,6 +229,38 @@ def _leave_out_defaults(path: Path) -> None:
     path.write_text(json.dumps(kept))
 
 
+def tiny_lcm(folder: Path, *, seed: int = 0) -> Path:
+    """A LatentConsistencyModelPipeline: `tiny_sd` whose UNet takes guidance as an input."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    def make() -> Any:
+        return LatentConsistencyModelPipeline(
+            vae=_vae(),
+            text_encoder=_text_encoder(),
+            tokenizer=tiny_tokenizer(),
+            unet=_unet(time_cond_proj_dim=24),
+            scheduler=LCMScheduler.from_config(_ddim().config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    return _saved(make, folder, seed)
+
+
+def tiny_unet_xl(*, width: int = 64, sizes: int = 6, **more: Any) -> Any:
+    """SDXL's, for so many numbers a token and so many of sizes, of 8 features each."""
+    return _unet(
+        cross_attention_dim=width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + sizes * 8,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        **more,
+    )
+
+
 def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
     """A StableDiffusionXLPipeline; sizes as `tiny_sd`'s, two text encoders."""
     from diffusers import StableDiffusionXLPipeline
@@ -237,14 +272,7 @@ def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
             tokenizer=tiny_tokenizer(),
             tokenizer_2=tiny_tokenizer(),
-            unet=_unet(
-                cross_attention_dim=64,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=32 + 6 * 8,
-                transformer_layers_per_block=(1, 2),
-                use_linear_projection=True,
-            ),
+            unet=tiny_unet_xl(),
             scheduler=_ddim(),
             add_watermarker=False,
         )
@@ -252,8 +280,31 @@ def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
     return _saved(make, folder, seed)
 
 
-def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
-    """A StableDiffusion3Pipeline: latents of 16 channels in patches of 2, three text encoders."""
+def tiny_refiner(folder: Path, *, seed: int = 1) -> Path:
+    """A StableDiffusionXLImg2ImgPipeline as SDXL's refiner: one text encoder, a score of beauty."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    def make() -> Any:
+        return StableDiffusionXLImg2ImgPipeline(
+            vae=_vae(),
+            text_encoder=None,
+            text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
+            tokenizer=None,
+            tokenizer_2=tiny_tokenizer(),
+            unet=tiny_unet_xl(width=32, sizes=5),
+            scheduler=_ddim(),
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+
+    return _saved(make, folder, seed)
+
+
+def tiny_sd3(folder: Path, *, seed: int = 0, t5: bool = True) -> Path:
+    """A StableDiffusion3Pipeline: latents of 16 channels in patches of 2, three text encoders, or
+    two without `t5`.
+    """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -270,10 +321,10 @@ def tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
             ),
             text_encoder=_text_encoder("CLIPTextModelWithProjection"),
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
-            text_encoder_3=_t5(64),
+            text_encoder_3=_t5(64) if t5 else None,
             tokenizer=tiny_tokenizer(),
             tokenizer_2=tiny_tokenizer(),
-            tokenizer_3=tiny_t5_tokenizer(),
+            tokenizer_3=tiny_t5_tokenizer() if t5 else None,
             transformer=SD3Transformer2DModel(
                 sample_size=16,
                 patch_size=2,

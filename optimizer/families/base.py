@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from runners.signature import Dim, Signature
 
-__all__ = ["ComponentSpec", "Family", "Ranges", "Role"]
+__all__ = ["ComponentSpec", "Family", "FewStep", "Ranges", "Role"]
 
 Role = Literal["text_encoder", "denoiser", "vae_encoder", "vae_decoder", "controlnet"]
 
@@ -27,6 +27,39 @@ class Ranges:
         return Dim(
             name="side", min=self.size_min, opt=self.size_opt, max=self.size_max, multiple_of=step
         )
+
+
+_NOISE = (
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "steps_offset",
+    "trained_betas",
+)
+"""What a scheduler's config says of the model's noise, under the same names in every class."""
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """How a model that was distilled to few steps is drawn with."""
+
+    steps: int
+    """By default, and in recorded runs."""
+    guidance: float
+    """By default; up to 1 there is no classifier-free guidance, unless the denoiser takes it as an
+    input."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """diffusers' class and what it is told beside the model's noise; empty: the model's own is
+    right."""
+
+    def scheduler_config(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The scheduler's config, `own` being the model's."""
+        if not self.scheduler:
+            return dict(own)
+        return {name: own[name] for name in _NOISE if name in own} | dict(self.scheduler)
 
 
 @dataclass(frozen=True)
@@ -51,6 +84,8 @@ class ComponentSpec:
     """fnmatch patterns of layers whose outputs are both factors of a matrix product: the queries
     and keys of self-attention. Not those of cross-attention: its product is a few per cent of the
     time, and OpenVINO 2026.4 gets it wrong in bf16 for few tokens (10 dB where 29 were right)."""
+    optional: bool = False
+    """Whether a pipeline may come without it: null in its model_index.json."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +109,17 @@ class Family:
     """Component configs -> sides must be multiples of this many pixels."""
     owns_checkpoint: Callable[[Mapping[str, tuple[int, ...]]], bool]
     """Whether a single-file checkpoint with these keys and shapes belongs to the family."""
+    few_step: Callable[[Mapping[str, Mapping[str, Any]], str | None], FewStep | None]
+    """Configs (the scheduler's too) and what `--few-step` names -> how it is drawn with; None for
+    an ordinary model. Without a name, what the configs say by themselves."""
+    few_step_kinds: tuple[str, ...] = ()
+    """What `--few-step` may name."""
 
     def component(self, name: str) -> ComponentSpec:
         """The component called `name`; KeyError where there is none."""
         return {component.name: component for component in self.components}[name]
+
+    def of(self, folders: Collection[str]) -> Family:
+        """The family with those components whose folders are there."""
+        present = tuple(spec for spec in self.components if spec.folder in folders)
+        return replace(self, components=present)

@@ -105,16 +105,18 @@ def write_folder(
     configs: Path,
     parts: Iterable[Part],
     changes: Mapping[str, Mapping[str, Any]],
+    without: tuple[str, ...] = (),
 ) -> None:
     """Write a copy of `configs`, with `changes` (file -> values), and the weights of all `parts`.
 
-    `title` is the family's name in sentences. Raises `SpecError` where a part or a weight is
-    missing, of another shape, or unknown; `UnsupportedError` for integer weights.
+    `without`: folders of the configs that aren't copied; `title`: the family's name in sentences.
+    Raises `SpecError` where a part or a weight is missing, of another shape, or unknown;
+    `UnsupportedError` for integer weights.
     """
     parts = tuple(parts)
     header = read_header(checkpoint)
     _check_header(checkpoint, header, title, parts)
-    shutil.copytree(configs, folder, dirs_exist_ok=True)
+    shutil.copytree(configs, folder, ignore=shutil.ignore_patterns(*without), dirs_exist_ok=True)
     for file, change in changes.items():
         _change_config(folder / file, change)
     for part in parts:

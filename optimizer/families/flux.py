@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.base import ComponentSpec, Family, FewStep, Ranges
 from optimizer.families.flux_checkpoint import owns_checkpoint
 from optimizer.families.parts import (
     VAE,
@@ -27,6 +27,14 @@ _NATIVE = 128
 
 _TOKENS = Dim(name="tokens", min=1, opt=512, max=512)
 """Of the T5: FluxPipeline's max_sequence_length, at most 512."""
+
+_SCHNELL = FewStep(4, 0.0)
+"""The card of black-forest-labs/FLUX.1-schnell: 1 to 4 steps, no guidance."""
+
+
+def few_step(configs: Configs, kind: str | None) -> FewStep | None:  # noqa: ARG001
+    """How schnell is drawn with: it is the one whose transformer takes no guidance."""
+    return None if configs["transformer"]["guidance_embeds"] else _SCHNELL
 
 
 def native_size(configs: Configs) -> int:
@@ -111,4 +119,5 @@ FLUX = Family(
     native_size=native_size,
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
+    few_step=few_step,
 )

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.few_step import FEW_STEP, unet_few_step
 from optimizer.families.parts import (
     VAE,
+    Config,
     Configs,
     clip_signature,
     floats,
@@ -17,9 +19,17 @@ from optimizer.families.parts import (
     vae_factor,
     vae_signatures,
 )
-from runners.signature import Signature
+from runners.signature import Signature, TensorSpec
 
-__all__ = ["PIPELINE_STEP", "SD1", "UNET_FACTORS", "UNET_FRAGILE", "native_size", "size_step"]
+__all__ = [
+    "PIPELINE_STEP",
+    "SD1",
+    "UNET_FACTORS",
+    "UNET_FRAGILE",
+    "guidance_input",
+    "native_size",
+    "size_step",
+]
 
 PIPELINE_STEP = 8
 """diffusers' check_inputs refuses sides that 8 doesn't divide."""
@@ -46,12 +56,20 @@ def size_step(configs: Configs) -> int:
     return math.lcm(vae_factor(configs), PIPELINE_STEP)
 
 
+def guidance_input(unet: Config) -> tuple[TensorSpec, ...]:
+    """`timestep_cond` [batch, width], sines and cosines of the guidance scale, where a distilled
+    UNet takes it as an input.
+    """
+    width = unet.get("time_cond_proj_dim")
+    return () if width is None else (floats("timestep_cond", "batch", int(width)),)
+
+
 def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     """The signatures of all components.
 
     `sample`: [batch, channels, height/f, width/f]; `time_features`: [batch, width],
     sines and cosines; `encoder_hidden_states`: [batch, tokens,
-    width].
+    width]; an LCM's `timestep_cond` comes before them.
     """
     text, unet, step = configs["text_encoder"], configs["unet"], size_step(configs)
     return {
@@ -60,6 +78,7 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
             inputs=(
                 floats("sample", "batch", int(unet["in_channels"]), "height", "width"),
                 floats("time_features", "batch", int(unet["block_out_channels"][0])),
+                *guidance_input(unet),
                 floats(
                     "encoder_hidden_states", "batch", "tokens", int(unet["cross_attention_dim"])
                 ),
@@ -84,7 +103,11 @@ def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x and 2.x",
-    pipeline_classes=("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
+    pipeline_classes=(
+        "StableDiffusionPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    ),
     embeddings=("prompt_embeds", "negative_prompt_embeds"),
     components=(
         ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_text"),
@@ -97,4 +120,6 @@ SD1 = Family(
     native_size=native_size,
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
+    few_step=unet_few_step,
+    few_step_kinds=tuple(FEW_STEP),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.base import ComponentSpec, Family, FewStep, Ranges
 from optimizer.families.parts import (
     VAE,
     WAVES,
@@ -23,6 +23,14 @@ __all__ = ["SD3"]
 _T5_TOKENS = (1, 256, 512)
 """diffusers' StableDiffusion3Pipeline: max_sequence_length, at most 512."""
 
+_FEW_STEP = {"turbo": FewStep(4, 0.0)}
+"""The card of stabilityai/stable-diffusion-3.5-large-turbo; its scheduler is the others'."""
+
+
+def few_step(configs: Configs, kind: str | None) -> FewStep | None:  # noqa: ARG001
+    """How the turbo is drawn with; no config tells it from the others."""
+    return None if kind is None else _FEW_STEP[kind]
+
 
 def native_size(configs: Configs) -> int:
     """The transformer's sample_size in pixels."""
@@ -38,19 +46,20 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     """The signatures of all components.
 
     `hidden_states`: [batch, channels, height/f, width/f]; `encoder_hidden_states`: [batch, tokens,
-    width], a CLIP's tokens and then T5's; `pooled_projections`: [batch, projections].
+    width], a CLIP's tokens and then T5's (zeros without one); `pooled_projections`: [batch,
+    projections].
     """
     transformer, step = configs["transformer"], size_step(configs)
     channels = int(transformer["in_channels"])
     clip = int(configs["text_encoder"]["max_position_embeddings"])
     low, best, high = _T5_TOKENS
     tokens = Dim(name="tokens", min=clip + low, opt=clip + best, max=clip + high)
+    t5 = Dim(name="tokens", min=low, opt=best, max=high)
+    third = configs.get("text_encoder_3")
     return {
         "text_encoder": clip_signature(configs["text_encoder"], ranges, hidden_first=True),
         "text_encoder_2": clip_signature(configs["text_encoder_2"], ranges, hidden_first=True),
-        "text_encoder_3": t5_signature(
-            configs["text_encoder_3"], ranges, Dim(name="tokens", min=low, opt=best, max=high)
-        ),
+        **({} if third is None else {"text_encoder_3": t5_signature(third, ranges, t5)}),
         "transformer": Signature(
             inputs=(
                 floats("hidden_states", "batch", channels, "height", "width"),
@@ -83,7 +92,7 @@ SD3 = Family(
     components=(
         ComponentSpec("text_encoder", "text_encoder", "text_encoder", "clip_hidden"),
         ComponentSpec("text_encoder_2", "text_encoder", "text_encoder_2", "clip_hidden"),
-        ComponentSpec("text_encoder_3", "text_encoder", "text_encoder_3", "t5_text"),
+        ComponentSpec("text_encoder_3", "text_encoder", "text_encoder_3", "t5_text", optional=True),
         ComponentSpec(
             "transformer",
             "denoiser",
@@ -105,4 +114,6 @@ SD3 = Family(
     native_size=native_size,
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
+    few_step=few_step,
+    few_step_kinds=tuple(_FEW_STEP),
 )

@@ -50,29 +50,37 @@ def owns_checkpoint(keys: Shapes) -> bool:
 
 
 def convert(checkpoint: Path, folder: Path) -> None:
-    """Write the diffusers folder of a checkpoint that holds all parts.
+    """Write the diffusers folder of a checkpoint that holds all parts, or all but T5, without which
+    pipelines give the transformer zeros in the place of T5's tokens.
 
     Raises `SpecError` where a part or weights are missing, unknown or of another shape,
     `UnsupportedError` for a transformer that doesn't take 16 channels.
     """
-    transformer = _transformer_config(bare_shapes(shapes_of(checkpoint), _NAMES))
+    shapes = shapes_of(checkpoint)
+    transformer = _transformer_config(bare_shapes(shapes, _NAMES))
     channels = transformer["in_channels"]
     if channels != 16:
         raise UnsupportedError(
             f"{checkpoint} has a transformer of {channels} input channels: give a text-to-image "
             "version of it, whose transformer has 16"
         )
+    has_t5 = any(map(_T5.owns, shapes))
+    changes: dict[str, Config] = {"transformer/config.json": transformer}
+    if not has_t5:
+        changes["model_index.json"] = dict.fromkeys(_OF_T5, (None, None))
     write_folder(
         checkpoint,
         folder,
         title="Stable Diffusion 3",
         configs=assets("sd3"),
-        parts=_PARTS,
-        changes={"transformer/config.json": transformer},
+        parts=(*_PARTS, _T5) if has_t5 else _PARTS,
+        changes=changes,
+        without=() if has_t5 else _OF_T5,
     )
     for tokenizer in ("tokenizer", "tokenizer_2"):
         write_clip_vocabulary(folder / tokenizer)
-    write_t5_tokenizer(folder / "tokenizer_3")
+    if has_t5:
+        write_t5_tokenizer(folder / "tokenizer_3")
 
 
 def _transformer_config(shapes: Shapes) -> Config:
@@ -119,7 +127,8 @@ _PARTS = (
         "text_encoders.clip_g.transformer.",
         projection="file",
     ),
-    t5("text_encoder_3", "text_encoders.t5xxl.transformer."),
     Part("transformer", "transformer", (DENOISER, *_NAMES), _transformer_weights),
     VAE,
 )
+_T5 = t5("text_encoder_3", "text_encoders.t5xxl.transformer.")
+_OF_T5 = ("text_encoder_3", "tokenizer_3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -18,8 +19,9 @@ from PIL import Image
 import runners
 from optimizer.families import FAMILIES, family
 from optimizer.source import resolve
+from profiles.errors import SpecError
 from runners.bundle import read_manifest
-from tests.tiny_pipelines import TINY, tiny_flux, tiny_sd, tiny_sd2
+from tests.tiny_pipelines import TINY, tiny_flux, tiny_refiner, tiny_sd, tiny_sd2, tiny_sd3
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
@@ -30,7 +32,14 @@ MADE = {**{name: make for name, make in TINY.items() if name != "sd1"}}
 MADE["flux-schnell"] = partial(tiny_flux, guided=False)
 MADE["sd1-inpaint"] = partial(tiny_sd, inpaints=True)
 MADE["sd1-v2"] = tiny_sd2
+MADE["sd3-clips"] = partial(tiny_sd3, t5=False)
+MADE["sdxl-refiner"] = tiny_refiner
 """sd1 has tests of its own."""
+TASK = {"sd1-inpaint": "inpaint", "sdxl-refiner": "img2img"}
+"""That of the pipeline's own class, where it isn't text-to-image."""
+ABSENT = {"sd3-clips": {"text_encoder_3": None, "tokenizer_3": None}}
+"""What diffusers wants to be told beside the folder."""
+SLOW = ("sd3-clips",)
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +84,19 @@ def test_a_folder_is_detected_by_its_index(models: Callable[[str], Path], name: 
     assert source.pipeline_class in family(source.family).pipeline_classes
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MADE],
+)
 def test_pictures_are_diffusers_own(
     models: Callable[[str], Path], bundle: MakeBundle, name: str
 ) -> None:
     """Alone at a wide size, and two together at a tall one; neither is traced or recorded."""
-    plain = diffusers.DiffusionPipeline.from_pretrained(models(name), local_files_only=True)
+    plain = diffusers.DiffusionPipeline.from_pretrained(
+        models(name), local_files_only=True, **ABSENT.get(name, {})
+    )
     plain.set_progress_bar_config(disable=True)
-    task = "inpaint" if name.endswith("inpaint") else "text-to-image"
+    task = TASK.get(name, "text-to-image")
     ours = runners.load(bundle("onnxruntime", model=models(name)), task=task)
     try:
         assert type(ours) is type(plain)
@@ -95,8 +109,10 @@ def test_pictures_are_diffusers_own(
         ours.kiln.close()
 
 
-@pytest.mark.parametrize("task", ["img2img", "inpaint"])
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+EDITS = [(name, task) for name in ("sdxl", "sd3", "flux") for task in ("img2img", "inpaint")]
+
+
+@pytest.mark.parametrize(("name", "task"), [*EDITS, ("sdxl-refiner", "inpaint")])
 def test_edits_are_diffusers_own(
     models: Callable[[str], Path], bundle: MakeBundle, name: str, task: str
 ) -> None:
@@ -133,5 +149,59 @@ def test_a_plan_needs_no_weights_and_names_every_component(
 ) -> None:
     ended = kiln("compile", models(name), "--quant", "int4", "--dry-run", "--json")
     components = json.loads(ended.out)["components"]
-    known = family(name.split("-")[0]).components
-    assert [component["name"] for component in components] == [spec.name for spec in known]
+    known = family(name.split("-")[0]).of(resolve(str(models(name))).folders)
+    names = [component["name"] for component in components]
+    assert names == [spec.name for spec in known.components]
+    assert ("text_encoder" in names) == (name != "sdxl-refiner")
+    assert ("text_encoder_3" in names) == (name == "sd3")
+
+
+def test_a_part_that_no_pipeline_goes_without_is_missed(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(models("sdxl-refiner"), tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    index["text_encoder_2"] = [None, None]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(SpecError, match="names no text_encoder_2: give a whole pipeline"):
+        resolve(str(model))
+
+
+def test_the_refiner_goes_on_where_the_base_stopped(
+    models: Callable[[str], Path], bundle: MakeBundle
+) -> None:
+    """Noisy latents are handed over: the base draws the first part of the steps, it the rest."""
+    names = ("sdxl", "sdxl-refiner")
+    theirs = [
+        diffusers.DiffusionPipeline.from_pretrained(models(name), local_files_only=True)
+        for name in names
+    ]
+    ours = [
+        runners.load(bundle("onnxruntime", model=models(name)), task=task)
+        for name, task in zip(names, ("text-to-image", "img2img"), strict=True)
+    ]
+
+    def finished(base: Any, refiner: Any) -> np.ndarray[Any, Any]:
+        how = {"prompt": "a red circle", "num_inference_steps": 5}
+        for pipeline in (base, refiner):
+            pipeline.set_progress_bar_config(disable=True)
+        latents = base(
+            **how,
+            width=96,
+            height=64,
+            denoising_end=0.6,
+            output_type="latent",
+            generator=torch.Generator("cpu").manual_seed(3),
+        ).images
+        assert latents.shape == (1, 4, 16, 24)
+        image = refiner(**how, image=latents, denoising_start=0.6).images[0]
+        assert refiner.num_timesteps == 2
+        return np.asarray(image, dtype=np.int16)
+
+    try:
+        wanted = finished(*theirs)
+        assert wanted.std() > 1, "a flat picture proves nothing"
+        assert np.abs(wanted - finished(*ours)).max() <= LIMIT
+    finally:
+        for pipeline in ours:
+            pipeline.kiln.close()

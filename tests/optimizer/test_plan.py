@@ -61,7 +61,7 @@ def test_a_models_own_steps_and_guidance_are_used(tiny_model: Path, tmp_path: Pa
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "kiln.json").write_text(json.dumps({"steps": 7, "guidance": 2.5, "other": 1}))
     plan = planned(model)
-    assert plan.defaults == {"steps": 7, "guidance": 2.5}
+    assert plan.drawn.defaults == {"steps": 7, "guidance": 2.5}
     assert (plan.calibration.steps, plan.calibration.guidance) == (7, 2.5)
     assert planned(model, steps=3).calibration.steps == 3
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.families import base_checkpoint, flux_checkpoint, sd3_checkpoint
+from optimizer.families import base_checkpoint, family, flux_checkpoint, sd3_checkpoint
+from optimizer.source import resolve
 from profiles.errors import SpecError, UnsupportedError
 from tests.optimizer.checkpoints import (
     ASSETS,
@@ -66,17 +67,30 @@ def test_a_file_without_text_encoders_is_refused_with_what_is_missing(small: Sma
     small.drop("text_encoders.")
     message = (
         r"is Stable Diffusion 3 without CLIP-L text encoder \(text_encoders\.clip_l\.transformer"
-        r"\.\*\), OpenCLIP bigG text encoder .*, T5-XXL text encoder .*: give a file that holds "
-        r"all parts, or the diffusers folder or hub id of the model"
+        r"\.\*\), OpenCLIP bigG text encoder \(text_encoders.clip_g\.transformer\.\*\): give a "
+        r"file that holds all parts, or the diffusers folder or hub id of the model"
     )
     with pytest.raises(SpecError, match=message):
         sd3_checkpoint.convert(small.save(), small.folder)
 
 
-def test_a_file_without_t5_is_refused_with_what_is_missing(small: Small) -> None:
+def test_a_file_without_t5_becomes_a_pipeline_without_it(small: Small) -> None:
+    """As Stability's sd3_medium_incl_clips.safetensors."""
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
     small.drop("text_encoders.t5xxl.")
-    with pytest.raises(SpecError, match=r"Diffusion 3 without T5-XXL text encoder \(text_enc"):
-        sd3_checkpoint.convert(small.save(), small.folder)
+    del small.modules["text_encoder_3"]
+    sd3_checkpoint.convert(small.save(), small.folder)
+    assert_same_weights(small, small.folder)
+    assert not any(small.folder.glob("*_3"))
+    converted = StableDiffusion3Pipeline.from_pretrained(
+        small.folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    assert_same_pictures(small, converted)
+    source = resolve(str(small.folder))
+    kept = [spec.name for spec in family(source.family).of(source.folders).components]
+    assert kept == ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"]
 
 
 def test_missing_weights_are_counted_and_the_first_is_named(small: Small) -> None:

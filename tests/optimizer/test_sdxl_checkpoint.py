@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,33 @@ def test_the_refiner_becomes_a_pipeline_that_draws_the_same(
     assert not converted.config.force_zeros_for_empty_prompt
     image = np.random.default_rng(0).random((1, 32, 32, 3), np.float32)
     assert_same_pictures(small, converted, image=image, strength=1.0, height=None, width=None)
+
+
+@pytest.mark.slow
+def test_a_converted_refiner_changes_pictures_on_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[..., Path]
+) -> None:
+    import numpy as np
+    import torch
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+    from PIL import Image
+
+    import runners
+
+    small = make("sdxl_refiner", tmp_path, monkeypatch)
+    sdxl_checkpoint.convert(small.save(), small.folder)
+    theirs = StableDiffusionXLImg2ImgPipeline.from_pretrained(small.folder, dtype=torch.float32)
+    ours = runners.load(bundle("onnxruntime", model=small.folder), task="img2img", threads=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    found = []
+    for pipeline in (theirs, ours):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        image = pipeline("a cat", image=Image.fromarray(pixels), generator=generator).images[0]
+        found.append(np.asarray(image, dtype=np.int16))
+    ours.kiln.close()
+    assert np.abs(found[0] - pixels).mean() > 1
+    assert np.abs(found[0] - found[1]).max() <= 1
 
 
 def test_an_inpainting_unet_is_told_by_its_channels(

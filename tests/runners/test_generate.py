@@ -187,7 +187,10 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
         ("--size", "large"),
         "--size large is not a size: write it as WIDTHxHEIGHT, such as 512x512.",
     ),
-    "scheduler": (("--scheduler", "dpm"), "--scheduler dpm is not known: use one of ddim, ddpm, "),
+    "scheduler": (
+        ("--scheduler", "dpm"),
+        "--scheduler dpm is not known: use one of ddim, ddim_trailing, ddpm, ",
+    ),
     "threads": (("--threads", "0"), "--threads 0 is not possible: use 1 or more."),
     "negative-threads": (("--threads", "-1"), "--threads -1 is not possible: use 1 or more."),
     "clip-skip": (("--clip-skip", "0"), "--clip-skip 0 is not possible: use 1 or more."),

@@ -31,5 +31,6 @@ def test_a_recipe_is_complete_and_names_no_path(kiln: Kiln, bundle: MakeBundle) 
     absent = {name for name, value in recipe.items() if value is None}
     wishes_of_auto = {"budget", "min_quality", "policy"}
     another_vae = {"vae", "vae_revision", "vae_digest"}
-    assert absent == {"revision", "calibration", "target", *wishes_of_auto, *another_vae}
+    wishes = {"calibration", "calibration_size", "few_step", "prediction_type", "target"}
+    assert absent == {"revision", *wishes, *wishes_of_auto, *another_vae}
     assert (recipe["quant"], recipe["dtype"], recipe["backend"]) == ("none", "fp32", "openvino")

@@ -69,7 +69,7 @@ def sign_bundle(folder: str | Path, key_path: str | Path) -> None:
         check_file(found.folder, name, entry)
     fresh = found.folder / f".{SIGNATURE_NAME}.{secrets.token_hex(8)}"
     try:
-        fresh.write_bytes(sign_files(digests, key, name=found.folder.resolve().name))
+        fresh.write_bytes(sign_files(digests, key, name=manifest.model.name))
         fresh.replace(found.folder / SIGNATURE_NAME)
     finally:
         fresh.unlink(missing_ok=True)

@@ -61,7 +61,9 @@ def flips(folder: Path) -> Iterator[Path]:
 
 def test_every_file_but_the_manifests_own_is_in_it(original: Path) -> None:
     names = {path.relative_to(original).as_posix() for path in files_of(original)}
-    assert names - {"local.mark", "manifest.json", "manifest.sha256"} == set(read_manifest(original).files)
+    assert names - {"local.mark", "manifest.json", "manifest.sha256"} == set(
+        read_manifest(original).files
+    )
 
 
 def test_one_flipped_byte_in_any_file_ends_generate_with_12(
@@ -178,7 +180,17 @@ def test_a_component_whose_file_has_no_digest_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"{", b"", b"[]", b"null", b"\xff", b'{"key": "a", "key": "b"}', b'{"a": NaN}', b"[" * 100_000]
+    "raw",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"key": "a", "key": "b"}',
+        b'{"a": NaN}',
+        b"[" * 100_000,
+    ],
 )
 def test_a_manifest_that_is_no_proper_json_is_refused(copy: Path, raw: bytes) -> None:
     rewrite(copy, raw)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from profiles.errors import BundleError, SpecError, UnsupportedError
+from profiles.errors import BundleError, SpecError, UnsupportedError, UntrustedError
 from runners.bundle import Bundle, open_bundle, read_manifest
-from runners.manifest import SCHEMA
+from runners.manifest import SCHEMA, Manifest
+from runners.manifest_file import bundle_digests, read_raw
 from runners.mark import mark_bundle
+from tests.test_lean_import import HEAVY
 from tests.toy_bundle import toy_bundle
+from tests.tracked import ROOT
 
 Kiln = Callable[..., Any]
 
@@ -80,6 +85,58 @@ def test_one_flipped_byte_in_any_file_ends_generate_with_12(
         flipped += 1
     assert flipped == len(files_of(copy)) - 1 > 10
     open_bundle(copy)
+
+
+def test_damage_is_found_before_any_heavy_library_is_loaded(copy: Path, tmp_path: Path) -> None:
+    """An engine, a config, a tokenizer's and the scheduler's file, and the manifest, in turn."""
+    names = [
+        *("unet/weights.bin", "unet/component.json", "tokenizer/vocab.json"),
+        *("scheduler/scheduler_config.json", "manifest.json"),
+    ]
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from runners.cli import main\n"
+        "bundle, out, *names = sys.argv[1:]\n"
+        "for name in names:\n"
+        "    path = Path(bundle, name)\n"
+        "    right = path.read_bytes()\n"
+        "    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))\n"
+        "    try:\n"
+        "        main(['generate', bundle, '--prompt', 'x', '-o', out])\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code)\n"
+        "    path.write_bytes(right)\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)))\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, copy, tmp_path / "x.png", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.stdout.split("\n") == [*["12"] * len(names), "[]", ""], child.stderr
+
+
+def test_the_callers_check_comes_after_trust_and_before_any_file(copy: Path) -> None:
+    def refuse(manifest: Manifest) -> None:
+        raise UnsupportedError(f"{manifest.model.name} can't run here: get another.")
+
+    (copy / "unet" / "weights.bin").unlink()
+    with pytest.raises(UnsupportedError, match="toy can't run here"):
+        open_bundle(copy, check=refuse)
+    (copy / "local.mark").unlink()
+    with pytest.raises(UntrustedError, match="isn't signed"):
+        open_bundle(copy, check=refuse)
+
+
+@pytest.mark.parametrize("name", ["signature.json", "local.mark", ".git/x", "manifest.json"])
+def test_a_bundles_own_files_cant_be_listed_as_its_content(original: Path, name: str) -> None:
+    found, manifest = read_raw(original), read_manifest(original)
+    entry = next(iter(manifest.files.values()))
+    changed = manifest.model_copy(update={"files": {**manifest.files, name: entry}})
+    with pytest.raises(BundleError, match="can't be a bundle's file"):
+        bundle_digests(found, changed)
 
 
 def test_a_flip_of_any_byte_of_the_manifests_digest_is_found(copy: Path) -> None:

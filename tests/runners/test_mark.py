@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import stat
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from profiles.errors import BundleError, SpecError, UntrustedError
 from runners.bundle import open_bundle
+from runners.config import write_private
 from runners.keys import make_keys
 from runners.manifest_file import read_raw
 from runners.mark import is_marked, local_key, mark_bundle
@@ -82,6 +85,19 @@ def test_the_key_is_made_once_for_the_owner_alone(config: Path) -> None:
     assert [path.name for path in config.iterdir()] == ["local.key"]
     if sys.platform != "win32":
         assert stat.S_IMODE((config / "local.key").stat().st_mode) == 0o600
+
+
+def test_where_there_are_no_hard_links_a_key_is_made_once_too(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    key = local_key()
+    assert not write_private(config / "local.key", b"x" * 32, replace=False)
+    assert local_key() == key
+    assert [path.name for path in config.iterdir()] == ["local.key"]
 
 
 def test_a_damaged_key_is_named_and_never_replaced(bundle: Path, config: Path) -> None:

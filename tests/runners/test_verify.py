@@ -1,9 +1,11 @@
-"""`kiln verify`: 0, 11 or 12."""
+"""`kiln verify`: 0, 11 or 12; and what `kiln generate` refuses before it loads anything."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 
 from runners.keys import make_keys
 from runners.signing import sign_bundle
+from tests.test_lean_import import HEAVY
 from tests.toy_bundle import toy_bundle
+from tests.tracked import ROOT
 
 Kiln = Callable[..., Any]
 
@@ -130,3 +134,34 @@ def test_generate_takes_the_trust_that_is_given(
     ended = kiln("generate", signed, *options)
     assert ended.code == 12
     assert "unet/weights.bin" in ended.sentence
+
+
+def test_damage_is_found_before_any_heavy_library_is_loaded(signed: Path, tmp_path: Path) -> None:
+    """An engine, a config, a tokenizer's and the scheduler's file, and the manifest, in turn."""
+    names = [
+        *("unet/weights.bin", "unet/component.json", "tokenizer/vocab.json"),
+        *("scheduler/scheduler_config.json", "manifest.json"),
+    ]
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from runners.cli import main\n"
+        "bundle, out, *names = sys.argv[1:]\n"
+        "for name in names:\n"
+        "    path = Path(bundle, name)\n"
+        "    right = path.read_bytes()\n"
+        "    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))\n"
+        "    try:\n"
+        "        main(['generate', bundle, '--prompt', 'x', '-o', out])\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code)\n"
+        "    path.write_bytes(right)\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)))\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, signed, tmp_path / "x.png", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.stdout.split("\n") == [*["12"] * len(names), "[]", ""], child.stderr

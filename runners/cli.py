@@ -25,9 +25,12 @@ COMMANDS: dict[str, str] = {
     "compile": "optimizer.cli:compile_command",
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
+    "keygen": "runners.keygen:keygen_command",
     "models": "optimizer.models:models_command",
     "profiles": "runners.profiles:profiles_command",
     "pull": "optimizer.pull:pull_command",
+    "trust": "runners.trusting:trust_command",
+    "verify": "runners.verify:verify_command",
 }
 """Command -> module:attribute."""
 
@@ -38,9 +41,12 @@ _LINES = {
     "compile": "Make a bundle from a model.",
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
+    "keygen": "Make a pair of keys to sign bundles with.",
     "models": "List the models on this machine and their bundles.",
     "profiles": "List the machines and cards that kiln knows.",
     "pull": "Download what kiln uses of a hub model.",
+    "trust": "Say whose signed bundles may run here.",
+    "verify": "Check a bundle against its signature.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

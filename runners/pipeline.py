@@ -17,7 +17,7 @@ import transformers
 
 from profiles.errors import BundleError, SpecError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
-from runners.bundle import Bundle, open_bundle
+from runners.bundle import Bundle
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
@@ -111,19 +111,17 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None = None) -> Any:
-    """The diffusers pipeline of `task`, running on the engines of `bundle`.
+def load(opened: Bundle, *, task: str, threads: int | None) -> Any:
+    """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
-    `threads` is the number of CPU threads (default: the physical cores). The pipeline is the
-    plain diffusers class; `pipe.kiln` is the loaded bundle. Raises BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task.
+    See `runners.load`, which opens it. Raises BundleError for a pipeline that isn't known here,
+    SpecError for an unknown task, DeviceMismatch where an engine's card isn't here.
     """
-    opened = open_bundle(bundle)
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
         raise BundleError(
-            f"{bundle} names the pipeline {opened.manifest.model.pipeline_class}; this kiln runs "
-            f"{', '.join(TASKS)}."
+            f"{opened.path} names the pipeline {opened.manifest.model.pipeline_class}; this kiln "
+            f"runs {', '.join(TASKS)}."
         )
     if task not in tasks:
         needs = "" if "text-to-image" in tasks else "; the model changes pictures: give it --image"

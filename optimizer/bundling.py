@@ -16,9 +16,10 @@ import psutil
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
+from optimizer.requiring import requires_of
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
-from profiles.hardware import Hardware
+from profiles.hardware import Hardware, read_glibc
 from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line, read_manifest
 from runners.manifest import (
     SCHEMA,
@@ -29,6 +30,7 @@ from runners.manifest import (
     Speed,
 )
 from runners.outputs import require_writable
+from runners.requires import Host, Observed
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
 
@@ -45,6 +47,8 @@ class Made:
     engines: Mapping[str, Path]
     speed: Path | None
     hardware: Hardware
+    seconds: float
+    """What the stages took."""
 
 
 def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
@@ -89,7 +93,7 @@ def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
     with _private(out) as folder:
         entries = []
         for job in plan.jobs:
-            entries.append(_component(plan, job, made.engines[job.spec.name], folder))
+            entries.append(_component(plan, job, made, folder))
         _copy_assets(plan, folder)
         manifest = _manifest(plan, made, entries, folder)
         raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
@@ -132,7 +136,8 @@ def _swap(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEntry:
+def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry:
+    engine = made.engines[job.spec.name]
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     target = folder / job.spec.name
     target.mkdir()
@@ -143,6 +148,8 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
     (folder / config).write_text(json.dumps(document), "utf-8")
+    engine_bytes = sum((engine / name).stat().st_size for name in built["files"].values())
+    cards = str(built["properties"].get("capabilities", ""))
     return ComponentEntry(
         name=job.spec.name,
         role=job.spec.role,
@@ -156,7 +163,7 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         properties=built["properties"],
         parameters=job.parameters,
         fp32_bytes=4 * job.parameters,
-        engine_bytes=sum((engine / name).stat().st_size for name in built["files"].values()),
+        engine_bytes=engine_bytes,
         layers_quantized=built["layers_quantized"],
         layers_total=built["layers_total"],
         layers_low_bit=built["layers_low_bit"],
@@ -164,7 +171,13 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         oracle_sqnr_db=built["oracle_sqnr_db"],
         unseen_sqnr_db=built["unseen_sqnr_db"],
         load_seconds=built["load_seconds"],
-        capabilities=job.capabilities if backend(job.backend).device == "gpu" else None,
+        requires=requires_of(
+            job,
+            built_on=(made.hardware.os, made.hardware.machine),
+            version=versions([backend(job.backend).library])[backend(job.backend).library],
+            memory_bytes=engine_bytes,
+            capabilities=tuple(cards.split(",")) if cards else None,
+        ),
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
         selftest_db=built["selftest_db"],
@@ -205,8 +218,18 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             for name, found in file_digests(folder).items()
         },
         tools=versions(libraries),
-        hardware=made.hardware.model_dump(mode="json", exclude={"ram_available_bytes"}),
+        observed=Observed(host=_host(made.hardware), build_seconds=round(made.seconds, 1)),
         speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
+    )
+
+
+def _host(hardware: Hardware) -> Host:
+    return Host(
+        os=hardware.os,
+        machine=hardware.machine,
+        cpu=hardware.cpu,
+        ram_bytes=hardware.ram_bytes,
+        glibc=read_glibc(),
     )
 
 

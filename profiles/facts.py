@@ -19,7 +19,7 @@ from profiles import profile as profiles
 from profiles.disk import Disk, read_disk
 from profiles.driver import Card, Driver, read_driver
 from profiles.errors import SpecError, UnsupportedError
-from profiles.hardware import Cpu, Hardware, read_cpu, read_machine, read_memory
+from profiles.hardware import Cpu, Hardware, read_cpu, read_glibc, read_machine, read_memory
 from profiles.libraries import BESIDE, LIBRARIES, version_of
 
 __all__ = [
@@ -114,7 +114,7 @@ def read_facts(where: str | Path = ".", *, ask_driver: bool = True) -> Facts:
         cpu=read("processor", read_cpu, Cpu(name="unknown", cores=1, isa=())),
         ram_bytes=total,
         ram_available_bytes=available,
-        glibc=read("glibc", _glibc, None),
+        glibc=read("glibc", read_glibc, None),
         disk=read("disk", lambda: read_disk(where), None),
         cards=found.cards if found else (),
         driver=found.version if found else None,
@@ -174,11 +174,6 @@ def _backends(installed: Mapping[str, str], driver: Driver | None) -> tuple[Back
             fix = "needs an NVIDIA card and its driver, which this machine doesn't show"
         found.append(BackendFacts(name=name, version=here, usable=fix is None, fix=fix))
     return tuple(found)
-
-
-def _glibc() -> str | None:
-    name, number = platform.libc_ver()
-    return number if name == "glibc" else None
 
 
 def _profile(facts: Hardware) -> str | None:

@@ -22,6 +22,7 @@ __all__ = [
     "free_disk_bytes",
     "parse_cpuinfo",
     "read_cpu",
+    "read_glibc",
     "read_machine",
     "read_memory",
 ]
@@ -106,6 +107,12 @@ def read_machine() -> str:
     """The kind of processor, by one name on every system."""
     machine = platform.machine()
     return _MACHINES.get(machine.lower(), machine)
+
+
+def read_glibc() -> str | None:
+    """glibc's version; None where the system has another C library."""
+    name, number = platform.libc_ver()
+    return number if name == "glibc" else None
 
 
 def read_memory() -> tuple[int, int]:

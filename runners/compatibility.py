@@ -7,6 +7,7 @@ against it: "run" is only said where every need is met.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -60,7 +61,7 @@ def compatibility(manifest: Manifest, facts: Facts, *, bundle: str = "BUNDLE") -
         return verdict
     minutes = max(1, math.ceil(manifest.observed.build_seconds / 60))
     command = (
-        f"kiln inspect {bundle} --recipe > recipe.json && "
+        f"kiln inspect {shlex.quote(bundle)} --recipe > recipe.json && "
         f"kiln compile --recipe recipe.json{_options(verdict, manifest)} -o rebuilt"
     )
     sentence = (

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from runners.requires import Observed, Requires
 from runners.signature import Signature
 
 __all__ = ["SCHEMA", "ComponentEntry", "FileEntry", "Manifest", "ModelEntry", "Speed"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -96,9 +97,7 @@ class ComponentEntry(BaseModel):
     """Shape -> the same at sizes that were not traced, on random inputs."""
     load_seconds: float | None
     """Reading and kernel selection at the native size, when it was checked."""
-    capabilities: tuple[str, ...] | None = None
-    """Compute capabilities that it was built for: empty is any card, None the processor of
-    `hardware`."""
+    requires: Requires
     ran: bool = True
     """Whether the engine itself ran where it was built; if not, the SQNR are those of the graph
     that it was built from, run on a processor."""
@@ -140,7 +139,7 @@ class Manifest(BaseModel):
     components: tuple[ComponentEntry, ...]
     files: dict[RelativePath, FileEntry]
     tools: dict[str, str]
-    hardware: dict[str, Any]
+    observed: Observed
     speed: Speed | None
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from profiles.driver import Card
 from profiles.facts import Facts
-from profiles.libraries import LIBRARIES, version_of
+from profiles.libraries import version_of
 from profiles.target import sm
 from runners.requires import Requires
 
@@ -96,9 +96,8 @@ def _card(need: Requires, facts: Facts) -> Finding | None:
     if best is None:
         fix = "compile for the processor without --target, or use another card"
         return Finding(Outcome.REFUSE, Reason.CARD_UNSUPPORTED, wanted, there, fix)
-    return Finding(
-        Outcome.REBUILD, Reason.OTHER_CARD, wanted, there, f"compile with --target {sm(best)}"
-    )
+    fix = f"compile with --target {sm(best)}" if need.buildable else "compile it again there"
+    return Finding(Outcome.REBUILD, Reason.OTHER_CARD, wanted, there, fix)
 
 
 def _driver(need: Requires, facts: Facts) -> Finding | None:
@@ -171,9 +170,8 @@ def _library(need: Requires, facts: Facts) -> Finding | None:
     here = version_of(name, facts.libraries)
     there = f"{here or 'none'} is installed"
     if here is None:
-        owner = next(x for x in LIBRARIES.values() if name in x.distributions)
-        pinned = f'pip install "{name}=={library.version}"' if rule == "exact" else owner.install
-        return Finding(Outcome.REFUSE, Reason.LIBRARY_MISSING, wanted, there, f"run {pinned}")
+        fix = f'run pip install "{name}{"==" if rule == "exact" else ">="}{library.version}"'
+        return Finding(Outcome.REFUSE, Reason.LIBRARY_MISSING, wanted, there, fix)
     if rule == "exact" and release(here) != release(library.version):
         fix = f'run pip install "{name}=={library.version}", or compile the bundle again'
         return Finding(Outcome.REBUILD, Reason.LIBRARY_DIFFERS, wanted, there, fix)
@@ -197,7 +195,7 @@ _CHECKS: tuple[Callable[[Requires, Facts], Finding | None], ...] = (
 
 
 def _memory(needs: tuple[Requires, ...], facts: Facts) -> Finding | None:
-    """All engines stay open together, so their sum counts; a card of the right kind is `_card`'s."""
+    """All engines stay open together, so their sum counts; `_card` sees to its kind."""
     on_card = tuple(need for need in needs if need.capabilities is not None)
     fixed = sum(need.memory_bytes for need in on_card if not need.streams)
     whole = sum(need.memory_bytes for need in on_card)

@@ -16,8 +16,10 @@ import torch
 import transformers
 
 from profiles.errors import BundleError, SpecError
+from profiles.facts import read_facts
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle, open_bundle
+from runners.compatibility import require_compatible
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
@@ -107,7 +109,8 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
 
     `threads` is the number of CPU threads (default: the physical cores). The pipeline is the
     plain diffusers class; `pipe.kiln` is the loaded bundle. Raises BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task.
+    wrong, SpecError for a path that is no bundle or an unknown task, and before any engine opens
+    what `require_compatible` raises.
     """
     opened = open_bundle(bundle)
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
@@ -118,21 +121,32 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
         )
     if task not in tasks:
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}.")
+    on_card = any(entry.requires.capabilities is not None for entry in opened.manifest.components)
+    require_compatible(opened.manifest, read_facts(ask_driver=on_card))
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
-    if any(entry.capabilities is not None for entry in opened.manifest.components):
-        _require_card(opened)
+    if on_card:
+        _choose_card(opened)
         pipeline.to("cuda")
     return pipeline
 
 
-def _require_card(bundle: Bundle) -> None:
-    """Raise DeviceMismatch before anything is loaded where an engine's card isn't here."""
-    for entry in bundle.manifest.components:
-        engine_class(entry.backend).require_here(entry.properties)
+def _choose_card(bundle: Bundle) -> None:
+    """Make the largest card that the engines run on the current one."""
+    wanted = [entry.requires.capabilities for entry in bundle.manifest.components]
+    fitting = {
+        index: torch.cuda.get_device_properties(index).total_memory
+        for index in range(torch.cuda.device_count())
+        if all(
+            not names or ".".join(map(str, torch.cuda.get_device_capability(index))) in names
+            for names in wanted
+        )
+    }
+    if fitting:
+        torch.cuda.set_device(max(fitting, key=lambda index: fitting[index]))
 
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:

@@ -25,7 +25,7 @@ class LibraryNeed(BaseModel):
 
     model_config = _STRICT
 
-    distribution: str
+    distribution: str = Field(pattern=r"^[a-z0-9-]+$", max_length=100)
     version: _Version
     rule: Literal["exact", "minimum"]
 

@@ -21,26 +21,34 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS: dict[str, str] = {
     "analyze": "optimizer.cli:analyze_command",
     "bench": "benchmarks.bench:bench",
+    "check": "runners.check:check_command",
     "compare": "benchmarks.compare:compare",
     "compile": "optimizer.cli:compile_command",
+    "doctor": "runners.doctor:doctor_command",
+    "fleet": "optimizer.fleet:fleet_command",
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
     "models": "optimizer.models:models_command",
     "profiles": "runners.profiles:profiles_command",
     "pull": "optimizer.pull:pull_command",
+    "selftest": "runners.selftest_command:selftest_command",
 }
 """Command -> module:attribute."""
 
 _LINES = {
     "analyze": "Measure which layers lose most from few bits.",
     "bench": "Measure speed, size and start-up against the peers.",
+    "check": "Say whether a bundle runs on this machine or another.",
     "compare": "Compare levels with plain diffusers: speed, size, pictures.",
     "compile": "Make a bundle from a model.",
+    "doctor": "Show what this machine is, has and lacks.",
+    "fleet": "Plan which bundles a room of machines needs.",
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
     "models": "List the models on this machine and their bundles.",
     "profiles": "List the machines and cards that kiln knows.",
     "pull": "Download what kiln uses of a hub model.",
+    "selftest": "Run a bundle's recorded calls and draw its picture.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 
 from profiles.errors import DeviceMismatch, KilnError, MissingError, OutOfMemory
 from profiles.facts import Facts
+from profiles.gpu import SINCE, lacking
+from profiles.target import parse_target
 from runners.manifest import Manifest
 from runners.needs import Outcome, Reason, findings
 from runners.requires import Requires
@@ -73,9 +75,19 @@ def compatibility(manifest: Manifest, facts: Facts, *, bundle: str = "BUNDLE") -
 
 def _options(verdict: Verdict, manifest: Manifest) -> str:
     """What a rebuild for the machine must ask for otherwise than the recipe does."""
-    if verdict.reason is Reason.OTHER_CARD and manifest.recipe.get("target"):
-        return f" --target {verdict.found.split(' ')[0]}"
-    return " --dtype fp32" if verdict.reason is Reason.BUILD_ISA_MISSING else ""
+    if verdict.reason is Reason.BUILD_ISA_MISSING:
+        return " --dtype fp32"
+    if verdict.reason is not Reason.OTHER_CARD or not manifest.recipe.get("target"):
+        return ""
+    card = verdict.found.split(" ")[0]
+    entry = manifest.component("denoiser")
+    here = parse_target(card).capabilities
+    lesser = "".join(
+        f" {option}"
+        for value, option in ((entry.dtype, "--dtype fp16"), (entry.quant, "--quant int8"))
+        if value in SINCE and lacking(here, value)
+    )
+    return f" --target {card}{lesser}"
 
 
 def met(needs: Mapping[str, Requires], facts: Facts) -> Verdict:

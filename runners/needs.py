@@ -5,7 +5,7 @@ Whatever isn't known of a machine is held against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from profiles.driver import Card
 from profiles.facts import Facts
 from profiles.libraries import version_of
 from profiles.target import sm
-from runners.requires import Requires
+from runners.requires import Groups, Requires
 
 __all__ = ["Finding", "Outcome", "Reason", "findings", "release"]
 
@@ -143,21 +143,21 @@ def _glibc(need: Requires, facts: Facts) -> Finding | None:
 
 
 def _isa(need: Requires, facts: Facts) -> Finding | None:
-    if not (missing := _missing(need.isa, facts)):
+    if not (missing := _missing(need, need.isa, facts)):
         return None
     fix = "use a newer processor"
     return Finding(Outcome.REFUSE, Reason.ISA_MISSING, missing, f"{facts.cpu.name} lacks it", fix)
 
 
 def _build_isa(need: Requires, facts: Facts) -> Finding | None:
-    if not (missing := _missing(need.build_isa, facts)):
+    if not (missing := _missing(need, need.build_isa, facts)):
         return None
     there, fix = f"{facts.cpu.name} lacks it", "compile it again with --dtype fp32"
     return Finding(Outcome.REBUILD, Reason.BUILD_ISA_MISSING, missing, there, fix)
 
 
 def _fast_isa(need: Requires, facts: Facts) -> Finding | None:
-    if not (missing := _missing(need.fast_isa, facts)):
+    if not (missing := _missing(need, need.fast_isa, facts)):
         return None
     there = f"{facts.cpu.name} lacks it"
     fix = "it runs, and 8-bit layers take several instructions a product"
@@ -226,7 +226,10 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _missing(groups: Iterable[tuple[str, ...]], facts: Facts) -> str:
+def _missing(need: Requires, groups: Groups, facts: Facts) -> str:
+    """The instruction sets that a processor lacks, where it is of the kind that has such names."""
+    if need.machines and facts.machine not in need.machines:
+        return ""
     lacking = [group for group in groups if not set(group) & set(facts.cpu.isa)]
     return " and ".join(" or ".join(group) for group in lacking)
 

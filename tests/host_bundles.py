@@ -119,7 +119,7 @@ def _denoiser(kind: Kind, requires: Requires) -> ComponentEntry:
         "role": "denoiser",
         "wrapper": "unet",
         "backend": BACKENDS[kind.backend].name,
-        "quant": "int8" if kind.format_ else "none",
+        "quant": {"w8a8": "int8", None: "none"}.get(kind.format_, kind.format_),
         "dtype": kind.dtype,
         "signature": Signature(inputs=(), outputs=()),
         "files": {},

@@ -127,6 +127,12 @@ def test_a_rebuild_names_minutes_and_a_command_for_the_card() -> None:
     )
 
 
+def test_a_rebuild_for_a_card_that_lacks_the_type_or_the_level_asks_for_others() -> None:
+    command = compatibility(BUNDLES["rtx-nvfp4"], HOSTS["rtx-2080-ti"]).command
+    assert command is not None
+    assert " --target sm75 --dtype fp16 --quant int8 -o " in command
+
+
 def test_an_update_of_the_library_names_both_versions() -> None:
     one = verdict("rtx-4090-rtx-1-6", "rtx-portable")
     assert one.sentence.startswith(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.backends import Runs, backend
+from optimizer.backends import Backend, backend
 from optimizer.plan import Job
 from profiles.hardware import BF16, INT8_DOT
 from runners.needs import release
@@ -43,9 +43,7 @@ def requires_of(
         capabilities=(capabilities or job.capabilities or runs.portable) if on_card else None,
         buildable=known.capabilities,
         driver=runs.driver,
-        library=LibraryNeed(
-            distribution=known.library, version=_version(runs, version), rule=runs.rule
-        ),
+        library=_library(known, version),
         memory_bytes=memory_bytes,
         streams=job.weight_streaming,
     )
@@ -56,9 +54,13 @@ def _rounds_inputs(job: Job) -> bool:
     return any(scheme.format == "w8a8" for scheme in job.layers.values())
 
 
-def _version(runs: Runs, built_by: str) -> str:
-    """The version that the rule is about, in numbers alone."""
-    if runs.floor is not None:
-        return runs.floor
-    numbers = release(built_by) if runs.rule == "exact" else release(built_by)[:2]
-    return ".".join(map(str, numbers)) or "0"
+def _library(known: Backend, built_by: str) -> LibraryNeed:
+    """The library and its version; any, where it isn't known what will build."""
+    numbers, rule = release(built_by), known.runs.rule
+    if known.runs.floor is not None:
+        version = known.runs.floor
+    elif not numbers:
+        version, rule = "0", "minimum"
+    else:
+        version = ".".join(map(str, numbers if rule == "exact" else numbers[:2]))
+    return LibraryNeed(distribution=known.library, version=version, rule=rule)

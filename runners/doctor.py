@@ -1,4 +1,4 @@
-"""`kiln doctor`: what this machine is and has, what engines could run on it, and what to improve."""
+"""`kiln doctor`: what this machine is and has, which backends are usable, what to improve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _GIB = 2**30
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="The facts as one JSON line, for other hosts.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="The facts as one JSON line, for other hosts."
+)
 def doctor_command(as_json: bool) -> None:  # noqa: FBT001
     """Show this machine's facts: processor, memory, disk, cards, and usable backends."""
     from profiles.facts import read_facts
@@ -63,7 +65,9 @@ def advice(facts: Facts) -> Iterator[tuple[str, bool, str]]:
     yield "16 GB of memory, 32 recommended", ram >= 15, f"{ram:.1f} GiB, {enough}"
     if facts.disk is not None:
         free = facts.disk.free_bytes / _GIB
-        words = f"{free:.0f} GiB are free" + ("" if free >= 100 else "; a fleet of models takes 100")
+        words = f"{free:.0f} GiB are free" + (
+            "" if free >= 100 else "; a fleet of models takes 100"
+        )
         yield "50 to 100 GB free", free >= 50, words
         told = {True: "it is", False: "it isn't: loading takes longer", None: "isn't told here"}
         yield "on NVMe", facts.disk.nvme is True, told[facts.disk.nvme]

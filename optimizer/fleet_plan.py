@@ -133,7 +133,7 @@ def plan_fleet(recipe: Recipe, source: ModelSource, hosts: Mapping[str, Facts]) 
         variants=tuple(found[index] for index in sorted(chosen)),
         machines=machines,
         uncovered={
-            name: _why(name, facts, found, refused)
+            name: _why(name, found, refused, on_card=bool(facts.cards))
             for name, facts in hosts.items()
             if name not in covered
         },

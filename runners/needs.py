@@ -202,7 +202,8 @@ def _memory(needs: tuple[Requires, ...], facts: Facts) -> Finding | None:
     here = sum(need.memory_bytes for need in needs) - whole
     cards = [card for card in facts.cards if _fits(card, on_card)]
     room = max((card.memory_bytes or 0 for card in cards), default=whole)
-    wanted, there = f"{_gib(whole)} of the card's memory", f"it has {_gib(room)}"
+    wanted = f"{_gib(whole)} of the card's memory"
+    there = f"it has {_gib(room)}" if room else "how much it has isn't known"
     if fixed > room:
         fix = "use a card with more memory, or compile with fewer bits (--quant int4)"
         return Finding(Outcome.REFUSE, Reason.MEMORY_TOO_SMALL, wanted, there, fix)

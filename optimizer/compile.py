@@ -31,7 +31,7 @@ from profiles import profile as profiles
 from profiles.errors import DiskFullError, OutOfMemory
 from profiles.hardware import Hardware
 from runners.console import Console
-from runners.manifest import Manifest
+from runners.manifest import Manifest, Picture
 
 __all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
 
@@ -119,7 +119,7 @@ def compile_bundle(
     speed = stages.speed(recorded, engines)
 
     made = bundling.Made(key, engines, speed, hardware, stages.seconds)
-    manifest = bundling.assemble(plan, made, out)
+    manifest = bundling.assemble(plan, made, out, stages.draw)
     remember_bundle(where)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
@@ -256,6 +256,12 @@ class _Stages:
         return self._run(
             "speed", "Measure a step", key, "optimizer.measure:measure_step", arguments
         )
+
+    def draw(self, folder: Path, out: Path, wanted: Picture) -> None:
+        """The picture of the bundle in `folder`, into `out`; not kept in the store."""
+        with self._console.stage("Draw the self-test's picture") as stage:
+            arguments = (folder, out, wanted)
+            run_stage("optimizer.picture:draw_picture", arguments, progress=stage.progress)
 
     def _prepare_key(self, job: Job) -> dict[str, Any]:
         form = backend(job.backend).form

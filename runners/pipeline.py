@@ -16,7 +16,6 @@ import torch
 import transformers
 
 from profiles.errors import BundleError, SpecError
-from profiles.facts import read_facts
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle, open_bundle
 from runners.compatibility import require_compatible
@@ -24,7 +23,7 @@ from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
 from runners.manifest import ComponentEntry
-from runners.selftest import require_selftest
+from runners.selftest import facts_for, require_passed, require_selftest
 
 __all__ = [
     "TASKS",
@@ -33,6 +32,7 @@ __all__ = [
     "load",
     "open_engine",
     "pipeline_of",
+    "pipeline_over",
     "tokenizer_in",
 ]
 
@@ -109,26 +109,34 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
 
     `threads` is the number of CPU threads (default: the physical cores). The pipeline is the
     plain diffusers class; `pipe.kiln` is the loaded bundle. Raises BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task, and before any engine opens
-    what `require_compatible` raises.
+    wrong, SpecError for a path that is no bundle or an unknown task; before any engine opens, what
+    `require_compatible` raises, and SelfTestError where the bundle's self-test failed here.
     """
     opened = open_bundle(bundle)
+    facts = facts_for(opened.manifest)
+    require_compatible(opened.manifest, facts)
+    require_passed(opened, facts)
+    return pipeline_over(opened, task=task, threads=threads)
+
+
+def pipeline_over(
+    opened: Bundle, *, task: str = "text-to-image", threads: int | None = None
+) -> Any:
+    """As `load`, on a bundle that is open; whether it fits this machine isn't asked."""
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
         raise BundleError(
-            f"{bundle} names the pipeline {opened.manifest.model.pipeline_class}; this kiln runs "
-            f"{', '.join(TASKS)}."
+            f"{opened.path} names the pipeline {opened.manifest.model.pipeline_class}; this kiln "
+            f"runs {', '.join(TASKS)}."
         )
     if task not in tasks:
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}.")
-    on_card = any(entry.requires.capabilities is not None for entry in opened.manifest.components)
-    require_compatible(opened.manifest, read_facts(ask_driver=on_card))
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
-    if on_card:
+    if opened.manifest.on_card:
         _choose_card(opened)
         pipeline.to("cuda")
     return pipeline

@@ -52,7 +52,7 @@ def _test(bundle: Bundle, say: Any) -> None:
     for entry in bundle.manifest.components:
         if entry.selftest is None or entry.selftest_db is None:
             continue
-        say(start=f"the engine of {entry.name}")
+        say(start=f"The engine of {entry.name}")
         engine = engine_class(entry.backend)(
             {role: bundle.file(name) for role, name in entry.files.items()},
             signature=entry.signature,
@@ -67,7 +67,7 @@ def _test(bundle: Bundle, say: Any) -> None:
     if picture is not None:
         from runners.reference_picture import picture_psnr_db
 
-        say(start="the picture")
+        say(start="The picture")
         psnr = picture_psnr_db(bundle, picture)
         say(name="picture", machine="", db={"psnr": psnr}, needed_db=picture.least_psnr_db)
 

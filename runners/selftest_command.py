@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import click
@@ -28,8 +29,8 @@ class SelfTest:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     """name, machine, db (of each call, or the picture's PSNR) and needed_db of what was judged."""
-    during: str = "the bundle"
-    """What was being done last."""
+    during: str = ""
+    """What was being tested last; nothing at first."""
     error: tuple[str, str] | None = None
     finished: bool = False
 
@@ -93,11 +94,11 @@ def run_selftest(path: Path, *, child: Sequence[str] = _CHILD) -> SelfTest:
 
 def _run(command: list[str]) -> tuple[SelfTest, str | None]:
     """What the child said, and a sentence where an engine made it end."""
-    tested = SelfTest()
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root
-    ) as running:
+    tested, root = SelfTest(), Path(__file__).parents[1]
+    with (
+        TemporaryFile() as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=root) as running,
+    ):
         assert running.stdout is not None
         try:
             for line in running.stdout:
@@ -106,13 +107,20 @@ def _run(command: list[str]) -> tuple[SelfTest, str | None]:
         finally:
             if running.poll() is None:
                 running.kill()
+        log.seek(0)
+        words = log.read().decode("utf-8", errors="replace").strip().splitlines()
     if tested.error is not None:
         return tested, _raised(tested)
     if tested.finished:
         return tested, None
+    if not tested.during:
+        raise SelfTestError(
+            f"The self-test couldn't start ({_ending(code)}: {(words or ['no message'])[-1]}): "
+            "run it again, or install kiln again."
+        )
     return tested, (
-        f"{tested.during[0].upper()}{tested.during[1:]} crashed the process that tested it "
-        f"({_ending(code)}): update the driver and the libraries, or compile the bundle again."
+        f"{tested.during} crashed the process that tested it ({_ending(code)}): update the driver "
+        "and the libraries, or compile the bundle again."
     )
 
 
@@ -135,7 +143,7 @@ def _raised(tested: SelfTest) -> str:
     if isinstance(kind, type) and issubclass(kind, KilnError) and kind is not SelfTestError:
         raise kind(message)
     return (
-        f"{tested.during[0].upper()}{tested.during[1:]} can't be tested: {message.rstrip('.')}; "
+        f"{tested.during or 'The bundle'} can't be tested: {message.rstrip('.')}; "
         "update the libraries, or compile the bundle again."
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 from runners.engines.base import Array, Engine
 
@@ -32,7 +31,6 @@ class ToyEngine(Engine):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from runners import engines
     from runners.selftest_child import main
 

@@ -21,11 +21,11 @@ from runners.selftest import facts_for, require_passed, result_paths
 from runners.selftest_command import SelfTest, run_selftest
 from runners.signature import Signature, TensorSpec
 from tests.toy_bundle import toy_bundle
-from tests.tracked import ROOT
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
-CHILD = (sys.executable, str(ROOT / "tests/toy_engine.py"))
+DIES = "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"
+CHILD = (sys.executable, "-m", "tests.toy_engine")
 """The real child, with a toy's engine in a backend's place."""
 
 
@@ -144,6 +144,13 @@ def test_nothing_recorded_is_said(tmp_path: Path, kiln: Kiln) -> None:
     with pytest.raises(SpecError, match="nothing recorded to test it with: compile it again"):
         run_selftest(folder, child=CHILD)
     assert kiln("selftest", folder).code == 2
+
+
+def test_a_child_that_cannot_start_says_nothing_about_the_bundle(tmp_path: Path) -> None:
+    folder = recorded(tmp_path / "toy")
+    with pytest.raises(SelfTestError, match=r"couldn't start \(exit code 3: no such thing\)"):
+        run_selftest(folder, child=(sys.executable, "-c", DIES))
+    require_here(folder)
 
 
 def test_another_driver_may_try_again(tmp_path: Path) -> None:

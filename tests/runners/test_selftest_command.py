@@ -181,6 +181,8 @@ def test_a_compiled_bundle_passes_by_its_engines_and_its_picture(
     folder = Path(shutil.copytree(bundle("openvino"), tmp_path / "bundle"))
     manifest = open_bundle(folder).manifest
     assert manifest.picture is not None
+    assert manifest.observed.build_seconds > 0
+    assert manifest.component("denoiser").requires.library.rule == "minimum"
     recorded_bytes = sum(manifest.files[str(entry.selftest)].size for entry in manifest.components)
     assert recorded_bytes + manifest.files[manifest.picture.file].size < 4_000_000
     ended = kiln("selftest", folder, "--json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
+from optimizer.requiring import requires_of
 from optimizer.source import ModelSource
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
-from profiles.hardware import Hardware
+from profiles.hardware import Hardware, read_glibc
 from runners.manifest import (
     SCHEMA,
     AutoencoderEntry,
@@ -28,6 +29,7 @@ from runners.manifest import (
     FileEntry,
     Manifest,
     ModelEntry,
+    Picture,
     Speed,
 )
 from runners.manifest_file import (
@@ -39,8 +41,16 @@ from runners.manifest_file import (
 )
 from runners.mark import is_marked, local_key, mark_bundle
 from runners.outputs import require_writable
+from runners.requires import Host, Observed
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
+
+_PICTURE = "selftest.png"
+_LEAST_PSNR_DB = 25.0
+"""Between the same bundle's pictures on two machines. int8 and bf16 differ from fp32 by 47 to 54 dB
+after 20 steps on the reference model and 4 bits by 39 (README, Figures), FLUX compiled by about 20
+(FACTS.md); after the two steps drawn here it is more. Pictures of two prompts are 10 to 15 dB
+apart."""
 
 _ASSETS = ("tokenizer", "scheduler")
 """Beginnings of the folders that are taken as they are."""
@@ -55,6 +65,8 @@ class Made:
     engines: Mapping[str, Path]
     speed: Path | None
     hardware: Hardware
+    seconds: float
+    """What the stages took."""
 
 
 def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
@@ -96,21 +108,53 @@ def check_target(out: Path, *, force: bool) -> None:
     local_key()  # which the bundle will be marked with: better no key now than in an hour
 
 
-def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
-    """Copy everything into a private folder beside `out`, write the manifest, and swap it in."""
+Draw = Callable[[Path, Path, Picture], None]
+"""Draws a picture with the bundle in a folder, into a file."""
+
+
+def assemble(plan: Plan, made: Made, out: Path, draw: Draw) -> Manifest:
+    """Copy everything into a private folder beside `out`, write the manifest, and swap it in.
+
+    Where the engines run here, the bundle draws its own picture first, for its self-test.
+    """
     out = Path(os.path.abspath(out))  # noqa: PTH100 (resolve would follow links; "." has no name)
     with _private(out) as folder:
         entries = []
         for job in plan.jobs:
-            entries.append(_component(plan, job, made.engines[job.spec.name], folder))
+            entries.append(_component(plan, job, made, folder))
         _copy_assets(plan, folder)
         manifest = _manifest(plan, made, entries, folder)
-        raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
-        (folder / MANIFEST_NAME).write_bytes(raw)
-        (folder / DIGEST_NAME).write_bytes(digest_line(raw))
+        _write(manifest, folder)
+        if all(entry.ran for entry in entries):
+            manifest = _with_picture(plan, manifest, folder, draw)
+            _write(manifest, folder)
         mark_bundle(folder)
         _swap(folder, out)
     return manifest
+
+
+def _write(manifest: Manifest, folder: Path) -> None:
+    raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
+    (folder / MANIFEST_NAME).write_bytes(raw)
+    (folder / DIGEST_NAME).write_bytes(digest_line(raw))
+
+
+def _with_picture(plan: Plan, manifest: Manifest, folder: Path, draw: Draw) -> Manifest:
+    """The manifest with the picture of the bundle in `folder`, at the smallest legal size."""
+    step, least = manifest.size_step, int(manifest.recipe["size_min"])
+    picture = Picture(
+        file=_PICTURE,
+        prompt=plan.calibration.prompts[0],
+        seed=0,
+        steps=2,
+        side=-(-least // step) * step,
+        least_psnr_db=_LEAST_PSNR_DB,
+    )
+    path = folder / _PICTURE
+    draw(folder, path, picture)
+    entry = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+    files = {**manifest.files, _PICTURE: entry}
+    return manifest.model_copy(update={"files": files, "picture": picture})
 
 
 @contextmanager
@@ -146,7 +190,8 @@ def _swap(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEntry:
+def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry:
+    engine = made.engines[job.spec.name]
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     target = folder / job.spec.name
     target.mkdir()
@@ -157,6 +202,8 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
     (folder / config).write_text(json.dumps(document), "utf-8")
+    engine_bytes = sum((engine / name).stat().st_size for name in built["files"].values())
+    cards = str(built["properties"].get("capabilities", ""))
     return ComponentEntry(
         name=job.spec.name,
         role=job.spec.role,
@@ -170,7 +217,7 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         properties=built["properties"],
         parameters=job.parameters,
         fp32_bytes=4 * job.parameters,
-        engine_bytes=sum((engine / name).stat().st_size for name in built["files"].values()),
+        engine_bytes=engine_bytes,
         layers_quantized=built["layers_quantized"],
         layers_total=built["layers_total"],
         layers_low_bit=built["layers_low_bit"],
@@ -178,7 +225,13 @@ def _component(plan: Plan, job: Job, engine: Path, folder: Path) -> ComponentEnt
         oracle_sqnr_db=built["oracle_sqnr_db"],
         unseen_sqnr_db=built["unseen_sqnr_db"],
         load_seconds=built["load_seconds"],
-        capabilities=job.capabilities if backend(job.backend).device == "gpu" else None,
+        requires=requires_of(
+            job,
+            built_on=(made.hardware.os, made.hardware.machine),
+            version=versions([backend(job.backend).library])[backend(job.backend).library],
+            memory_bytes=engine_bytes,
+            capabilities=tuple(cards.split(",")) if cards else None,
+        ),
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
         selftest_db=built["selftest_db"],
@@ -222,7 +275,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             for name, found in file_digests(folder).items()
         },
         tools=versions(libraries),
-        hardware=made.hardware.model_dump(mode="json", exclude={"ram_available_bytes"}),
+        observed=Observed(host=_host(made.hardware), build_seconds=round(made.seconds, 1)),
         speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
     )
 
@@ -237,6 +290,16 @@ def _autoencoder(source: AutoencoderSource) -> AutoencoderEntry:
         revision=source.revision,
         digest=source.digest,
         class_name=source.class_name,
+    )
+
+
+def _host(hardware: Hardware) -> Host:
+    return Host(
+        os=hardware.os,
+        machine=hardware.machine,
+        cpu=hardware.cpu,
+        ram_bytes=hardware.ram_bytes,
+        glibc=read_glibc(),
     )
 
 

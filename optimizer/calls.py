@@ -15,7 +15,15 @@ import safetensors.numpy
 
 from runners.signature import Dim, Signature
 
-__all__ = ["Call", "load_calls", "resized", "save_calls", "traced_sizes", "unseen_sizes"]
+__all__ = [
+    "Call",
+    "load_calls",
+    "resized",
+    "save_calls",
+    "smallest_sizes",
+    "traced_sizes",
+    "unseen_sizes",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -95,6 +103,11 @@ def unseen_sizes(signature: Signature) -> dict[str, dict[str, int]]:
         sizes = {dim.name: _scaled(dim, factor.get(dim.name, 1.0)) for dim in signature.dims}
         found["x".join(str(size) for size in sizes.values())] = sizes
     return found
+
+
+def smallest_sizes(signature: Signature) -> dict[str, int]:
+    """The least legal value of every dim: what a self-test in a bundle is recorded at."""
+    return {dim.name: dim.nearest(dim.min) for dim in signature.dims}
 
 
 def _scaled(dim: Dim, factor: float) -> int:

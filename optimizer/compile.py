@@ -32,7 +32,7 @@ from profiles import profile as profiles
 from profiles.errors import DiskFullError, OutOfMemory
 from profiles.hardware import Hardware
 from runners.console import Console
-from runners.manifest import Manifest
+from runners.manifest import Manifest, Picture
 
 __all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
 
@@ -80,6 +80,8 @@ def _profile_name(recipe: Recipe, hardware: Hardware) -> str:
 
 
 _CARDS = "nvidia-rtx"
+_TOOK = "seconds.txt"
+"""Beside what a stage made: how long it took."""
 
 
 def compile_bundle(
@@ -124,8 +126,8 @@ def compile_bundle(
         engines[job.spec.name] = stages.engine(job, prepared, recorded)
     speed = stages.speed(recorded, engines)
 
-    made = bundling.Made(key, engines, speed, hardware)
-    manifest = bundling.assemble(plan, made, out)
+    made = bundling.Made(key, engines, speed, hardware, stages.seconds)
+    manifest = bundling.assemble(plan, made, out, stages.draw)
     remember_bundle(where)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
@@ -162,6 +164,7 @@ class _Stages:
     def __init__(self, plan: Plan, hardware: Hardware, console: Console) -> None:
         self._plan, self._hardware, self._console = plan, hardware, console
         self.store = Store()
+        self._took: dict[Path, float] = {}
         self._machine = hardware.cpu.model_dump(mode="json")
         self._vae = {"vae": plan.source.vae.digest} if plan.source.vae else {}
         self._runs = {
@@ -181,6 +184,11 @@ class _Stages:
         backends = versions(sorted({backend(job.backend).library for job in self._plan.jobs}))
         return digest({"jobs": jobs, "recipe": recipe, "on": self._machine, "with": backends})
 
+    @property
+    def seconds(self) -> float:
+        """What the stages so far took when they ran, which may have been before this compile."""
+        return sum(self._took.values())
+
     def record(self) -> Path:
         """Held-out denoising runs in fp32."""
         key = {**self._runs, **self._vae, "what": "held-out"}
@@ -188,7 +196,9 @@ class _Stages:
 
     def of(self, plan: Plan) -> _Stages:
         """The stages of another plan of the same model on the same machine."""
-        return _Stages(plan, self._hardware, self._console)
+        stages = _Stages(plan, self._hardware, self._console)
+        stages._took = self._took
+        return stages
 
     def observe(self, recorded: Path) -> Observed:
         """What policies and solvers need to know of the calibration runs."""
@@ -265,6 +275,12 @@ class _Stages:
             "speed", "Measure a step", key, "optimizer.measure:measure_step", arguments
         )
 
+    def draw(self, folder: Path, out: Path, wanted: Picture) -> None:
+        """The picture of the bundle in `folder`, into `out`; not kept in the store."""
+        with self._console.stage("Draw the self-test's picture") as stage:
+            arguments = (folder, out, wanted)
+            run_stage("optimizer.picture:draw_picture", arguments, progress=stage.progress)
+
     def _prepare_key(self, job: Job) -> dict[str, Any]:
         form = backend(job.backend).form
         return {
@@ -291,16 +307,19 @@ class _Stages:
         """The entry of `key`, made by `target` in a process of its own where it isn't there yet."""
         if (found := self.store.find(kind, key, verify=True)) is not None:
             self._console.detail(f"{title}: found in the cache")
+            self._took[found] = float((found / _TOOK).read_text("utf-8"))
             return found
         with self._console.stage(title) as stage, self.store.create(kind, key) as folder:
-            first = (self._plan,) if planned else ()
+            first, start = (self._plan,) if planned else (), time.monotonic()
             printed = run_stage(target, (*first, *arguments, folder), progress=stage.progress)
+            (folder / _TOOK).write_text(f"{time.monotonic() - start:.1f}", "utf-8")
         self._console.detail(printed.rstrip())
         made = self.store.find(kind, key)
         if made is None:
             raise DiskFullError(
                 f"The cache lost what {title!r} made: is another program clearing it?"
             )
+        self._took[made] = float((made / _TOOK).read_text("utf-8"))
         return made
 
 

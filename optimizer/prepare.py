@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from optimizer.backends import backend
-from optimizer.calls import Call, load_calls, resized, save_calls, traced_sizes, unseen_sizes
+from optimizer.calls import (
+    Call,
+    load_calls,
+    resized,
+    save_calls,
+    smallest_sizes,
+    traced_sizes,
+    unseen_sizes,
+)
 from optimizer.load import load_module
 from optimizer.numerics import EXACT_DB, worst_sqnr_db
 from optimizer.plan import Job, Plan
@@ -41,32 +49,39 @@ def prepare(
     out: Path,
     progress: Progress,
 ) -> None:
-    """Write what the backend builds from, unseen.safetensors and info.json into `out`.
+    """Write what the backend builds from, unseen.safetensors, smallest.safetensors and info.json.
 
-    unseen.safetensors holds fp32 calls at two sizes that are never traced; info.json what the
-    quantized module (the oracle) loses on them and on the recorded calls. Progress counts layers
-    and calls; the export, which can't be looked into, counts as much as all of them.
+    unseen.safetensors holds fp32 calls at two sizes that are never traced, smallest.safetensors
+    one at the least legal size; info.json what the quantized module (the oracle) loses on them and
+    on the recorded calls. Progress counts layers and calls; the export, which can't be looked into,
+    counts as much as all of them.
     """
     module = load_module(plan.source, job.spec.folder)
     wrapper = WRAPPERS[job.spec.wrapper](module)
     calls = load_calls(recorded / f"{job.spec.name}.safetensors")
     schemes = planned_layers(module, job.policy)
-    steps = Steps(progress, 2 * (2 + len(schemes) + (2 + len(calls) if schemes else 0)))
+    steps = Steps(progress, 2 * (3 + len(schemes) + (3 + len(calls) if schemes else 0)))
     unseen = _unseen_calls(wrapper, job, list(calls.values()))
     save_calls(unseen, out / "unseen.safetensors")
-    steps.advance(len(unseen))
+    smallest = _resized_call(
+        wrapper, job, next(iter(calls.values())), smallest_sizes(job.signature)
+    )
+    save_calls({"smallest": smallest}, out / "smallest.safetensors")
+    steps.advance(len(unseen) + 1)
     if schemes:
         found = load_statistics(statistics, covariances) if statistics is not None else {}
         solver = job.policy.solver
         insert_quantized(module, quantized_layers(module, schemes, found, solver, steps.advance))
+    exact = not schemes
     info = {
         "layers_quantized": len(schemes),
         "layers_total": job.layers_total,
-        "sqnr_db": _oracle_db(wrapper, calls, steps) if schemes else EXACT_DB,
+        "sqnr_db": EXACT_DB if exact else _oracle_db(wrapper, calls, steps),
         "unseen_sqnr_db": {
-            name: _oracle_db(wrapper, {name: call}, steps) if schemes else EXACT_DB
+            name: EXACT_DB if exact else _oracle_db(wrapper, {name: call}, steps)
             for name, call in unseen.items()
         },
+        "smallest_sqnr_db": EXACT_DB if exact else _oracle_db(wrapper, {"": smallest}, steps),
     }
     (out / "info.json").write_text(json.dumps(info), "utf-8")
     if plan.source.kind == "onnx":
@@ -84,9 +99,13 @@ def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, 
     found = {}
     for number, (name, size) in enumerate(sizes.items(), start=1):
         picked = calls[len(calls) * number // (len(sizes) + 1)]
-        inputs = resized(picked.inputs, job.signature, size)
-        found[name] = run_module(wrapper, Call(tuple(inputs), ()))
+        found[name] = _resized_call(wrapper, job, picked, size)
     return found
+
+
+def _resized_call(wrapper: nn.Module, job: Job, call: Call, size: Mapping[str, int]) -> Call:
+    inputs = resized(call.inputs, job.signature, size)
+    return run_module(wrapper, Call(tuple(inputs), ()))
 
 
 def _oracle_db(wrapper: nn.Module, calls: Mapping[str, Call], steps: Steps) -> float:

@@ -1,4 +1,7 @@
-"""Facts read from the live machine: CPU instruction sets and cores, memory, free disk."""
+"""Facts read from the live machine: CPU instruction sets and cores, memory, free disk.
+
+`profiles.facts` adds what only a whole report of a machine needs: cards, libraries, the disk.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["ISA", "Cpu", "Hardware", "detect", "free_disk_bytes", "parse_cpuinfo"]
+__all__ = [
+    "BF16",
+    "INT8_DOT",
+    "ISA",
+    "Cpu",
+    "Hardware",
+    "detect",
+    "free_disk_bytes",
+    "parse_cpuinfo",
+    "read_cpu",
+    "read_glibc",
+    "read_machine",
+    "read_memory",
+]
 
 ISA = (
     "amx_bf16",
@@ -28,8 +44,10 @@ ISA = (
 )
 """The instruction sets that matter here, by Linux's names for x86-64 and AArch64."""
 
-_INT8_DOT = frozenset({"amx_int8", "asimddp", "avx512_vnni", "avx_vnni", "i8mm"})
-_BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+INT8_DOT = ("amx_int8", "asimddp", "avx512_vnni", "avx_vnni", "i8mm")
+"""Any of them runs int8 dot products in one instruction."""
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Any of them runs bf16 products in hardware."""
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -50,12 +68,12 @@ class Cpu(_Facts):
     @property
     def has_int8_dot(self) -> bool:
         """Whether int8 dot products run in one instruction (VNNI, AMX, Arm's dot product)."""
-        return not _INT8_DOT.isdisjoint(self.isa)
+        return not set(INT8_DOT).isdisjoint(self.isa)
 
     @property
     def has_bf16(self) -> bool:
         """Whether bf16 products run in hardware."""
-        return not _BF16.isdisjoint(self.isa)
+        return not set(BF16).isdisjoint(self.isa)
 
 
 class Hardware(_Facts):
@@ -75,20 +93,37 @@ class Hardware(_Facts):
 
 def detect() -> Hardware:
     """Read the facts of this machine; takes a few milliseconds and starts no process on Linux."""
+    total, available = read_memory()
+    return Hardware(
+        os=platform.system(),
+        machine=read_machine(),
+        cpu=read_cpu(),
+        ram_bytes=total,
+        ram_available_bytes=available,
+    )
+
+
+def read_machine() -> str:
+    """The kind of processor, by one name on every system."""
+    machine = platform.machine()
+    return _MACHINES.get(machine.lower(), machine)
+
+
+def read_glibc() -> str | None:
+    """glibc's version; None where the system has another C library."""
+    name, number = platform.libc_ver()
+    return number if name == "glibc" else None
+
+
+def read_memory() -> tuple[int, int]:
+    """Bytes in all and bytes that could be allocated now, of the container where it has fewer."""
     import psutil
 
     memory = psutil.virtual_memory()
     limit, used = _container_memory()
     total = min(memory.total, limit or memory.total)
     available = min(memory.available, total - used if limit else memory.available)
-    machine = platform.machine()
-    return Hardware(
-        os=platform.system(),
-        machine=_MACHINES.get(machine.lower(), machine),
-        cpu=_detect_cpu(),
-        ram_bytes=total,
-        ram_available_bytes=max(0, available),
-    )
+    return total, max(0, available)
 
 
 def free_disk_bytes(path: str | Path) -> int:
@@ -99,7 +134,8 @@ def free_disk_bytes(path: str | Path) -> int:
     return shutil.disk_usage(nearest).free
 
 
-def _detect_cpu() -> Cpu:
+def read_cpu() -> Cpu:
+    """The processor, by what the kernel lists or, where it lists nothing, by its own word."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name, flags = parse_cpuinfo(cpuinfo.read_text(encoding="utf-8", errors="replace"))

@@ -23,13 +23,21 @@ def load(
     `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
     trust file (default: the user's own) that says whose bundles may run beside those compiled on
     this machine. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
-    Raises UntrustedError where nobody trusted has signed the bundle, BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task.
+    Raises UntrustedError where nobody trusted has signed the bundle, what `require_compatible`
+    raises where it doesn't fit this machine, BundleError when a byte is wrong, SelfTestError where
+    its self-test failed here, SpecError for a path that is no bundle or an unknown task.
     """
     from runners.bundle import open_bundle
+    from runners.compatibility import require_compatible
+    from runners.selftest import facts_for, require_passed
     from runners.trust import load_trust
 
-    opened = open_bundle(bundle, trust=load_trust(trust))
+    opened = open_bundle(
+        bundle,
+        trust=load_trust(trust),
+        check=lambda manifest: require_compatible(manifest, facts_for(manifest)),
+    )
+    require_passed(opened, facts_for(opened.manifest))
 
     from runners.pipeline import load as load_pipeline  # torch and all: only for verified bytes
 

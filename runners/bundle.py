@@ -53,7 +53,7 @@ class Bundle:
         self._code = {
             name
             for entry in manifest.components
-            if entry.capabilities is not None
+            if entry.requires.capabilities is not None
             for name in entry.files.values()
         }
         """Files that a card's driver would execute."""
@@ -104,7 +104,7 @@ def open_bundle(
     path: str | Path,
     *,
     trust: Trust | None = None,
-    check: Callable[[Manifest], None] | None = None,
+    check: Callable[[Manifest], object] | None = None,
 ) -> Bundle:
     """The bundle at `path`, its origin and all its files verified.
 

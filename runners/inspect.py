@@ -43,7 +43,7 @@ def _text(manifest: Manifest) -> str:
         *_autoencoder(manifest),
         f"sizes      {recipe['size_min']} to {recipe['size_max']} px in steps of "
         f"{manifest.size_step}, native {manifest.native_size}; {recipe['batch']} at once",
-        f"made by    kiln {manifest.kiln} on {manifest.hardware['cpu']['name']}",
+        f"made by    kiln {manifest.kiln} on {manifest.observed.host.cpu.name}",
         "tools      " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items() if k != "kiln"),
     ]
     if manifest.defaults:
@@ -83,9 +83,9 @@ def _autoencoder(manifest: Manifest) -> list[str]:
 def _built_for(manifest: Manifest) -> list[str]:
     """Which cards the engines are for, and that they haven't run yet where they haven't."""
     entry = manifest.component("denoiser")
-    if entry.capabilities is None:
+    if entry.requires.capabilities is None:
         return []
-    cards = ", ".join(sm(name) for name in entry.capabilities) or "any NVIDIA card"
+    cards = ", ".join(sm(name) for name in entry.requires.capabilities) or "any NVIDIA card"
     state = "run where it was built"
     if not entry.ran:
         state = "run: not yet (the SQNR are those of its graph, run on a processor)"

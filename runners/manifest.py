@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from runners.requires import Observed, Requires
 from runners.signature import Signature
 
 __all__ = [
@@ -16,10 +17,11 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "ModelEntry",
+    "Picture",
     "Speed",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -120,16 +122,30 @@ class ComponentEntry(BaseModel):
     """Shape -> the same at sizes that were not traced, on random inputs."""
     load_seconds: float | None
     """Reading and kernel selection at the native size, when it was checked."""
-    capabilities: tuple[str, ...] | None = None
-    """Compute capabilities that it was built for: empty is any card, None the processor of
-    `hardware`."""
+    requires: Requires
     ran: bool = True
     """Whether the engine itself ran where it was built; if not, the SQNR are those of the graph
     that it was built from, run on a processor."""
     selftest: RelativePath | None = None
-    """Recorded calls that it is judged on where it first runs."""
+    """Recorded calls that it is judged on by `kiln selftest`, and where it first runs."""
     selftest_db: float | None = None
     """The least SQNR that is accepted then."""
+
+
+class Picture(BaseModel):
+    """One picture that the bundle drew where it was built, to be drawn again elsewhere."""
+
+    model_config = _STRICT
+
+    file: RelativePath
+    """A PNG of at most 256 pixels a side."""
+    prompt: str
+    seed: int
+    steps: int = Field(ge=1, le=100)
+    side: int = Field(ge=1)
+    """Pixels that were drawn, before they were made smaller."""
+    least_psnr_db: float
+    """To the PNG."""
 
 
 class Speed(BaseModel):
@@ -164,8 +180,10 @@ class Manifest(BaseModel):
     components: tuple[ComponentEntry, ...]
     files: dict[RelativePath, FileEntry]
     tools: dict[str, str]
-    hardware: dict[str, Any]
+    observed: Observed
     speed: Speed | None
+    picture: Picture | None = None
+    """None where the engines didn't run where they were built."""
 
     @model_validator(mode="after")
     def _every_file_is_digested(self) -> Self:
@@ -175,7 +193,8 @@ class Manifest(BaseModel):
             for name in (*entry.files.values(), entry.config, entry.selftest)
             if name is not None
         )
-        if absent := sorted(set(used) - set(self.files)):
+        drawn = (self.picture.file,) if self.picture is not None else ()
+        if absent := sorted({*used, *drawn} - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
         return self
 
@@ -189,6 +208,11 @@ class Manifest(BaseModel):
             if type(self.recipe.get(name)) is not int or self.recipe[name] < 1:
                 raise ValueError(f"the recipe's {name} must be a whole number above 0")
         return self
+
+    @property
+    def on_card(self) -> bool:
+        """Whether any engine runs on a card."""
+        return any(entry.requires.capabilities is not None for entry in self.components)
 
     def component(self, role: str) -> ComponentEntry:
         """The first component in this role; KeyError where there is none."""

@@ -111,11 +111,11 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(opened: Bundle, *, task: str, threads: int | None) -> Any:
+def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = None) -> Any:
     """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
-    See `runners.load`, which opens it. Raises BundleError for a pipeline that isn't known here,
-    SpecError for an unknown task, DeviceMismatch where an engine's card isn't here.
+    `runners.load` opens it, and asks whether it fits this machine. Raises BundleError for a
+    pipeline that isn't known here, SpecError for an unknown task.
     """
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
@@ -131,16 +131,25 @@ def load(opened: Bundle, *, task: str, threads: int | None) -> Any:
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
-    if any(entry.capabilities is not None for entry in opened.manifest.components):
-        _require_card(opened)
+    if opened.manifest.on_card:
+        _choose_card(opened)
         pipeline.to("cuda")
     return pipeline
 
 
-def _require_card(bundle: Bundle) -> None:
-    """Raise DeviceMismatch before anything is loaded where an engine's card isn't here."""
-    for entry in bundle.manifest.components:
-        engine_class(entry.backend).require_here(entry.properties)
+def _choose_card(bundle: Bundle) -> None:
+    """Make the largest card that the engines run on the current one."""
+    wanted = [entry.requires.capabilities for entry in bundle.manifest.components]
+    fitting = {
+        index: torch.cuda.get_device_properties(index).total_memory
+        for index in range(torch.cuda.device_count())
+        if all(
+            not names or ".".join(map(str, torch.cuda.get_device_capability(index))) in names
+            for names in wanted
+        )
+    }
+    if fitting:
+        torch.cuda.set_device(max(fitting, key=lambda index: fitting[index]))
 
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:

@@ -1,7 +1,10 @@
-"""An engine that was built elsewhere is judged where it first runs: recorded calls, once.
+"""A bundle's recorded calls, and what is known of them: which engines passed where, what failed.
 
-The result is a file beside the bundle (in the user's cache where that can't be written), one entry
-a component and card, so that the next run trusts it and the bundle itself stays as it was signed.
+Engines that didn't run where they were built are judged when they first open; `kiln selftest`
+judges all of them and the recorded picture in a process of its own. Results lie in a file beside
+the bundle (in the user's cache where that can't be written), so that the bundle itself stays as it
+was signed. What passed is kept by component and card, failures by the machine as it was: another
+driver or library makes it another machine, which may try again.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,19 @@ import platformdirs
 import safetensors.numpy
 
 from profiles.errors import SelfTestError
+from profiles.facts import Facts, read_facts
 from runners.bundle import Bundle
 from runners.engines.base import Array, Engine
-from runners.manifest import ComponentEntry
+from runners.manifest import ComponentEntry, Manifest
 
-__all__ = ["check_calls", "require_selftest", "result_paths"]
+__all__ = [
+    "check_calls",
+    "facts_for",
+    "require_passed",
+    "require_selftest",
+    "result_paths",
+    "store_outcome",
+]
 
 
 def require_selftest(bundle: Bundle, entry: ComponentEntry, engine: Engine, machine: str) -> None:
@@ -34,7 +46,7 @@ def require_selftest(bundle: Bundle, entry: ComponentEntry, engine: Engine, mach
         return
     known = _results(bundle)
     key = f"{entry.name} on {machine}"
-    if key in known:
+    if key in known["passed"]:
         return
     found = check_calls(bundle, entry, engine)
     if min(found.values()) < entry.selftest_db:
@@ -43,7 +55,44 @@ def require_selftest(bundle: Bundle, entry: ComponentEntry, engine: Engine, mach
             f"{machine} where {entry.selftest_db:.1f} dB are needed: don't use it; update the "
             "driver, or compile the bundle again."
         )
-    _write(bundle, {**known, key: {"sqnr_db": found, "needed_db": entry.selftest_db}})
+    known["passed"][key] = {"sqnr_db": found, "needed_db": entry.selftest_db}
+    _write(bundle, known)
+
+
+def facts_for(manifest: Manifest) -> Facts:
+    """This machine's facts, as far as the bundle's engines are concerned: cards only for those."""
+    return read_facts(ask_driver=manifest.on_card)
+
+
+def require_passed(bundle: Bundle, facts: Facts) -> None:
+    """Raise SelfTestError where the bundle's last self-test on this machine failed."""
+    if (sentence := _results(bundle)["failed"].get(_machine_key(facts))) is not None:
+        raise SelfTestError(
+            f"The self-test of {bundle.path} failed here, so it isn't run; {sentence} "
+            f"`kiln selftest {bundle.path}` tries again."
+        )
+
+
+def store_outcome(
+    bundle: Bundle, facts: Facts, *, passed: Mapping[str, Any], failure: str | None
+) -> None:
+    """Keep what a self-test found: results by "component on machine", and the sentence of what
+    failed, None where nothing did.
+    """
+    known = _results(bundle)
+    known["failed"].pop(_machine_key(facts), None)
+    if failure is None:
+        known["passed"].update(passed)
+    else:
+        known["failed"][_machine_key(facts)] = failure
+    _write(bundle, known)
+
+
+def _machine_key(facts: Facts) -> str:
+    """Of everything on which an engine's numbers can depend."""
+    cards = [card.name for card in facts.cards]
+    parts = [facts.os, facts.machine, facts.cpu.model_dump(), cards, facts.driver, facts.libraries]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_calls(bundle: Bundle, entry: ComponentEntry, engine: Engine) -> dict[str, float]:
@@ -95,20 +144,24 @@ def _state(bundle: Bundle) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _results(bundle: Bundle) -> dict[str, Any]:
+def _results(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """{"passed": ..., "failed": ...} of the bundle as it is; empty where nothing is known."""
     for path in result_paths(bundle):
         try:
             document = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(document, dict) and document.get("bundle") == _state(bundle):
-            passed = document.get("passed")
-            return passed if isinstance(passed, dict) else {}
-    return {}
+            kept = (document.get("passed"), document.get("failed"))
+            return {
+                name: found if isinstance(found, dict) else {}
+                for name, found in zip(("passed", "failed"), kept, strict=True)
+            }
+    return {"passed": {}, "failed": {}}
 
 
-def _write(bundle: Bundle, passed: dict[str, Any]) -> None:
-    text = json.dumps({"bundle": _state(bundle), "passed": passed}, indent=1)
+def _write(bundle: Bundle, known: Mapping[str, Any]) -> None:
+    text = json.dumps({"bundle": _state(bundle), **known}, indent=1)
     for path in result_paths(bundle):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,41 @@ import json
 from pathlib import Path
 from typing import Any
 
+from profiles.hardware import Cpu
 from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line
 from runners.manifest import SCHEMA, ComponentEntry, FileEntry, Manifest, ModelEntry
 from runners.mark import mark_bundle
+from runners.requires import Host, LibraryNeed, Observed, Requires
 from runners.signature import Signature
 
-__all__ = ["toy_bundle"]
+__all__ = ["OBSERVED", "REQUIRES", "toy_bundle"]
+
+REQUIRES = Requires(
+    systems=("Darwin", "Linux", "Windows"),
+    machines=(),
+    only_there=False,
+    glibc=None,
+    isa=(),
+    build_isa=(),
+    fast_isa=(),
+    capabilities=None,
+    buildable=(),
+    driver=None,
+    library=LibraryNeed(distribution="openvino", version="2025.0", rule="minimum"),
+    memory_bytes=0,
+    streams=False,
+)
+"""What the toy's engines need: whatever this machine is, it has it."""
+OBSERVED = Observed(
+    host=Host(
+        os="Linux",
+        machine="x86_64",
+        cpu=Cpu(name="a processor", cores=2, isa=("avx2", "sse4_2")),
+        ram_bytes=16 << 30,
+        glibc="2.36",
+    ),
+    build_seconds=90.0,
+)
 
 _ROLES = {
     "text_encoder": "text_encoder",
@@ -60,7 +89,7 @@ def toy_bundle(folder: Path, *, size: int = 1000, seed: int = 0, **fields: Any) 
             for name, raw in files.items()
         },
         "tools": {"openvino": "2026.4.1"},
-        "hardware": {},
+        "observed": OBSERVED,
         "speed": None,
     }
     manifest = Manifest.model_validate({**given, **fields})
@@ -94,5 +123,6 @@ def _component(name: str, role: str, size: int) -> ComponentEntry:
             "oracle_sqnr_db": None,
             "unseen_sqnr_db": {},
             "load_seconds": None,
+            "requires": REQUIRES.model_copy(update={"memory_bytes": size}),
         }
     )

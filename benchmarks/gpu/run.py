@@ -66,7 +66,7 @@ def _tensorrt(path: Path, trust: Path | None) -> dict[str, Any]:
     rows = {}
     for entry in bundle.manifest.components:
         rows[entry.name] = _component(bundle, entry)
-    return {"built_for": bundle.manifest.components[0].capabilities, "components": rows}
+    return {"built_for": bundle.manifest.components[0].requires.capabilities, "components": rows}
 
 
 def _component(bundle: Bundle, entry: ComponentEntry) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,7 +10,30 @@ from typing import Any, Literal, Protocol
 from optimizer.progress import Progress
 from runners.signature import Signature
 
-__all__ = ["BACKENDS", "Backend", "Built", "How", "backend", "builder"]
+__all__ = ["BACKENDS", "Backend", "Built", "How", "Runs", "backend", "builder"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a backend's engines need of the machine that runs them."""
+
+    rule: Literal["exact", "minimum"]
+    """Whether the library must be the very version that built them, or no older one."""
+    floor: str | None = None
+    """The oldest version that reads them; None: the release (year or major, and minor) that built
+    them."""
+    only: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """The systems and machines that there is a library for; None: any of the three systems, and the
+    machine that it was built on, where its numbers were checked."""
+    own_system: bool = False
+    """Whether engines run on the system that they were built on alone."""
+    glibc: str = "2.28"
+    """That of the library's wheels (their tag is manylinux_2_28)."""
+    driver: str | None = None
+    """The oldest of NVIDIA's."""
+    portable: tuple[str, ...] = ()
+    """Compute capabilities that an engine for no card in particular runs on; empty: the one that
+    it was built on."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +70,15 @@ class Backend:
     """And as many more where inputs are rounded."""
     build_memory: float = 0.0
     """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
+    runs: Runs = field(kw_only=True)
 
 
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
+_CUDA_13 = "580"
+"""The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
+for."""
 
 BACKENDS: dict[str, Backend] = {
     item.name: item
@@ -64,6 +91,7 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.openvino",
             _INTEGERS | {"w4a16-dynamic"},
             frozenset({("w8a8", 2), ("w8a8", 4)}),
+            runs=Runs("minimum"),  # IR version 11 is read by every later release (so far)
         ),
         Backend(
             "onnxruntime",
@@ -73,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.onnxruntime",
             _INTEGERS,
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
+            runs=Runs("minimum"),  # an older one may lack an operator, or run it otherwise
         ),
         Backend(
             "tensorrt-rtx",
@@ -90,6 +119,12 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            runs=Runs(
+                "exact",  # engines don't survive a release (FACTS.md)
+                only=(("Linux", "Windows"), ("x86_64",)),  # the support matrix; portable over both
+                driver=_CUDA_13,
+                portable=("8.0", "8.6", "8.9", "12.0", "12.1"),  # the mask in such a file's header
+            ),
         ),
         Backend(
             "tensorrt",
@@ -106,6 +141,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
             "eager",
@@ -114,6 +150,7 @@ BACKENDS: dict[str, Backend] = {
             "torch",
             "optimizer.backends.eager",
             _INTEGERS | _FLOATS,
+            runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take
         ),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from profiles.errors import MissingError, SpecError
+from profiles.libraries import LIBRARIES
 from runners.engines.base import Engine
 
 __all__ = ["ENGINES", "EXTRAS", "engine_class"]
@@ -18,10 +19,7 @@ ENGINES: dict[str, str] = {
 }
 
 EXTRAS: dict[str, str] = {
-    "openvino": "cpu",
-    "onnxruntime": "cpu",
-    "tensorrt-rtx": "rtx",
-    "tensorrt": "tensorrt",
+    name: library.extra for name, library in LIBRARIES.items() if library.extra is not None
 }
 """Backend -> the extra of the package that installs its library."""
 

@@ -42,12 +42,14 @@ def stages(bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Sta
         "layers_total": 12,
         "sqnr_db": 200.0,
         "unseen_sqnr_db": {"1": 200.0},
+        "smallest_sqnr_db": 200.0,
     }
     (prepared / "info.json").write_text(json.dumps(info))
     ids = np.arange(32).reshape(1, 32)
     with open_engine(open_bundle(out), entry, threads=1) as engine:
         outputs = tuple(engine({"input_ids": ids}).values())
     save_calls({"1": Call((ids,), outputs)}, prepared / "unseen.safetensors")
+    save_calls({"smallest": Call((ids,), outputs)}, prepared / "smallest.safetensors")
     save_calls({"0000": Call((ids,), outputs)}, recorded / "text_encoder.safetensors")
     return job, prepared, recorded
 

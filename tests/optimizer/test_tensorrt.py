@@ -36,7 +36,7 @@ def test_every_component_builds_for_three_architectures_at_once(
     for entry in found.manifest.components:
         header = read_header(found.file(entry.files["engine"]))
         assert header is not None
-        assert header.capabilities == entry.capabilities == ("8.6", "8.9", "12.0")
+        assert header.capabilities == entry.requires.capabilities == ("8.6", "8.9", "12.0")
         assert header.version == entry.properties["version"]
         assert (entry.ran, entry.load_seconds) == (False, None)
         assert entry.selftest in found.manifest.files
@@ -173,7 +173,7 @@ def test_an_engine_is_refused_where_there_is_no_card(
     ended = kiln("generate", made, "--prompt", "a", "-o", tmp_path / "a.png")
     assert ended.code == 10
     assert ended.sentence == (
-        "Error: The engine was built for sm86, sm89, sm120, and no NVIDIA card is usable here: "
+        "Error: The engine needs sm86, sm89, sm120, and no NVIDIA card is usable here: "
         "check the driver with nvidia-smi, or compile for this machine without --target."
     )
 

@@ -1,0 +1,20 @@
+"""The picture that a bundle's self-test compares with: drawn once, by the bundle that was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runners.bundle import Bundle, read_manifest
+from runners.manifest import Picture
+from runners.reference_picture import draw
+
+__all__ = ["draw_picture"]
+
+
+def draw_picture(folder: Path, out: Path, wanted: Picture) -> None:
+    """Draw what `wanted` says with the bundle in `folder`, whose bytes are verified as usual."""
+    bundle = Bundle(folder, read_manifest(folder))
+    picture = draw(
+        bundle, prompt=wanted.prompt, seed=wanted.seed, steps=wanted.steps, side=wanted.side
+    )
+    picture.save(out, optimize=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from optimizer import families
-from optimizer.digests import sha256_file
 from optimizer.layout import PICKLES, known_families
 from optimizer.store import Store
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError, UnsupportedError
+from runners.receipts import sha256_of
 
 __all__ = ["CONVERTERS", "convert"]
 
@@ -49,15 +49,15 @@ _VERSION = 2
 """Raised when a converter writes anything else than before."""
 
 
-def convert(checkpoint: Path, store: Store) -> Path:
+def convert(checkpoint: Path, store: Store, *, always_hash: bool = False) -> Path:
     """Return the diffusers folder of a .safetensors checkpoint; it is kept in the store.
 
-    Weights keep their type. Raises `SpecError` for another kind of file, `UnsupportedError` for an
-    unknown family.
+    Weights keep their type. With `always_hash`, the checkpoint's receipt is ignored. Raises
+    `SpecError` for another kind of file, `UnsupportedError` for an unknown family.
     """
     family = _detect(checkpoint)
     key = {
-        "checkpoint": sha256_file(checkpoint),
+        "checkpoint": sha256_of(checkpoint, always=always_hash),
         "converter": [CONVERTERS[family], _VERSION],
     }
     found = store.find("source", key)

@@ -141,10 +141,9 @@ def _item(path: Path, what: str) -> Item:
 
 def _youngest_seconds(folder: Path) -> float:
     """How long ago an old store was last written: one that an older kiln uses stays."""
-    temporary = children(folder / "_tmp")
-    kinds = children(folder)
+    kinds = [kind for kind in children(folder) if kind.name not in known_models.KINDS]
     entries = [entry for kind in kinds for entry in children(kind)]
-    return min(map(age_seconds, (folder, *kinds, *entries, *temporary)))
+    return min(map(age_seconds, (folder, *kinds, *entries)))
 
 
 def _removed(store: Store, item: Item) -> bool:

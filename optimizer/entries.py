@@ -62,12 +62,17 @@ def seal(folder: Path, kind: str, key: Mapping[str, object]) -> dict[str, FileDi
         "files": {name: asdict(found) for name, found in files.items()},
     }
     document["sha256"] = digest(document)
-    sidecar = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / ENTRY_NAME).write_text(sidecar, encoding="utf-8", newline="\n")
+    (folder / ENTRY_NAME).write_bytes(_sidecar(document))
     for path in files_under(folder).values():
         flush(path)
         make_read_only(path)
     return files
+
+
+def _sidecar(document: object) -> bytes:
+    """The one text of a sidecar."""
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode()
 
 
 def flush_tree(folder: Path) -> None:
@@ -79,7 +84,10 @@ def flush_tree(folder: Path) -> None:
 def read_entry(path: Path) -> Entry | None:
     """What the sidecar at `path` states; None where it is damaged or lies in a wrong place."""
     try:
-        document = json.loads((path / ENTRY_NAME).read_bytes())
+        raw = (path / ENTRY_NAME).read_bytes()
+        document = json.loads(raw)
+        if raw != _sidecar(document):
+            return None
         if document.pop("sha256") != digest(document) or document["schema"] != _SCHEMA:
             return None
         kind, key = document["kind"], document["key"]

@@ -61,27 +61,23 @@ def collect(store: Store, rules: Rules, *, dry_run: bool = False) -> Collected:
 
     Safe at any time beside everything else: see optimizer.store. Killed, it can be run again.
     """
+    partial = list(_stale_partials(store, rules))
     waste = list(_waste(store, rules))
     gone = [item for item in waste if dry_run or _removed(store, item)]
-    if not dry_run:
-        store.sweep()
-    partial = list(_stale_partials(store, rules))
-    entries = stored_entries(store)
-    total = sum(inodes_under(store.base).values())
-    total -= sum(item.bytes for item in partial)
-    if dry_run:  # what is outside of this version's folder doesn't count
-        total -= sum(item.bytes for item in waste if item.path.is_relative_to(store.base))
-    chosen, in_use = _chosen(entries, rules, total)
+    inside = sum(item.bytes for item in waste if item.path.is_relative_to(store.base))
+    total = sum(inodes_under(store.base).values()) - sum(item.bytes for item in partial)
+    if dry_run:
+        total -= inside
+    chosen, in_use = _chosen(stored_entries(store), rules, total)
     for item in (*partial, *chosen):
         if dry_run or store.discard(item.path, grace_seconds=rules.grace_seconds):
             gone.append(item)
-    if not dry_run:
-        for blob in store.blobs.garbage():
-            remove(blob)
-        total = sum(inodes_under(store.base).values())
-    else:
-        total -= sum(item.bytes for item in chosen)
-    return Collected(tuple(gone), total, in_use)
+    if dry_run:
+        return Collected(tuple(gone), total - sum(item.bytes for item in chosen), in_use)
+    for blob in store.blobs.garbage():
+        remove(blob)
+    store.sweep()
+    return Collected(tuple(gone), sum(inodes_under(store.base).values()), in_use)
 
 
 def _chosen(entries: list[StoredEntry], rules: Rules, total: int) -> tuple[list[Item], int]:

@@ -25,7 +25,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from optimizer import leases
@@ -114,7 +114,7 @@ class Store:
     def hold(self, path: Path) -> bool:
         """The same without a touch: looking at an entry isn't using it."""
         if self._session is not None:
-            self._session.enter_context(self._lease(path))
+            self._keep(path)
         return self._is_decided(path) and path.is_dir()
 
     @contextmanager
@@ -132,7 +132,7 @@ class Store:
             raise ValueError(f"{kind!r} is no kind of entry: use lower-case words joined by _")
         folder = self._private_folder(kind, key)
         try:
-            with self._lease(self.path(kind, key)):
+            with self._keep(self.path(kind, key)):
                 check_free(folder, needed_bytes)
                 yield folder
                 for name, found in seal(folder, kind, key).items():
@@ -207,6 +207,14 @@ class Store:
     def abandoned(self) -> list[Path]:
         """Temporaries of dead processes."""
         return [path for path in children(self.base / "_tmp") if leases.is_abandoned(path)]
+
+    def _keep(self, path: Path) -> AbstractContextManager[object]:
+        """A lease that the session ends, else the block that is given it."""
+        lease = self._lease(path)
+        if self._session is None:
+            return lease
+        self._session.enter_context(lease)
+        return nullcontext()
 
     def _lease(self, path: Path) -> AbstractContextManager[object]:
         """This process's lease; none where the store can't be written, or has no room for it."""

@@ -92,7 +92,7 @@ def _lives(pid: int, started_ms: int) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return abs(process.create_time() * 1000 - started_ms) <= _START_TOLERANCE_MS
+        return bool(abs(process.create_time() * 1000 - started_ms) <= _START_TOLERANCE_MS)
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:

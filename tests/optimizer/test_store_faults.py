@@ -312,7 +312,8 @@ def test_every_damage_of_a_blob_is_found_and_never_spreads(
         damage(blob, places.random())
         found = [one.path for one in damages(store, lambda _size: None)]
         assert blob in found
-        make(store, 2)
+        if store.find("engine", {"n": 2}, verify=True) is None:  # it has bytes of the blob's too
+            make(store, 2)
         path = store.find("engine", {"n": 2}, verify=True)
         assert path is not None
         for one in damages(store, lambda _size: None):

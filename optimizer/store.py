@@ -88,14 +88,19 @@ class Store:
         return None
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """What is found or made inside stays until the block ends, whoever collects garbage."""
+    def session(self, *used: Path) -> Iterator[None]:
+        """What is found or made inside stays until the block ends, whoever collects garbage.
+
+        So do those of the folders `used` that are entries.
+        """
         if self._session is not None:
             yield
             return
         with ExitStack() as stack:
             self._session = stack
             try:
+                for path in used:
+                    self.use(path)
                 yield
             finally:
                 self._session = None

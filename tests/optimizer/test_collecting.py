@@ -39,6 +39,15 @@ def test_what_is_leased_stays_until_its_session_ends(store: Store) -> None:
     assert not path.exists()
 
 
+def test_a_folder_that_is_used_stays_if_it_is_an_entry(store: Store, tmp_path: Path) -> None:
+    path = add(store, "a")
+    with Store(store.root).session(path, tmp_path / "elsewhere"):
+        grow_old(path, 31 * DAY)
+        assert collect(store, Rules(DAY)).removed == ()
+    assert not (tmp_path / "elsewhere").exists()
+    assert collect(store, Rules(DAY)).removed != ()
+
+
 def test_a_lease_that_comes_in_the_last_moment_is_seen(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

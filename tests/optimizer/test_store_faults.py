@@ -93,6 +93,7 @@ def test_kills_while_building_lose_nothing_and_show_nothing_half(
         if seed % 10 == 9:  # begin again
             shutil.rmtree(store.root)
             ledger.write_text("")
+    print(f"builders: {count} started, {kills} killed")
     assert kills >= count // 3
     assert not (store.base / "_damaged").exists()
     make(store, 0)
@@ -122,6 +123,7 @@ def test_kills_while_collecting_lose_nothing_that_is_used(
             hits = finds(store)
             assert kept <= hits
             taken += KEYS - len(hits)
+    print(f"collectors: {count} started, {kills} killed, {taken} entries taken")
     assert kills >= count // 3
     assert taken > 0
     assert not (store.base / "_damaged").exists()
@@ -224,6 +226,7 @@ def test_a_full_disk_is_refused_cleanly_and_work_goes_on_once_there_is_room(
         make(store, 0)
         make(store, 1)
         assert finds(store) == {0, 1}
+    print(f"full disks: {count}, of which {refused} refused the work")
     assert refused >= count // 3
     assert not (store.base / "_damaged").exists()
 

@@ -169,8 +169,9 @@ def test_only_plain_files_get_receipts(tmp_path: Path) -> None:
     assert known(tmp_path.stat()) is None
 
 
-def note_and_read(files: list[Path], rounds: int) -> None:
+def note_and_read(cache: Path, files: list[Path], rounds: int) -> None:
     """Note each file's digest again and again; whatever is known must be right."""
+    os.environ["KILN_CACHE"] = str(cache)  # a forked child has its server's environment
     for _ in range(rounds):
         for file in files:
             note(file.stat(), sha256(file.read_bytes()))
@@ -186,7 +187,7 @@ def test_sixteen_writers_and_a_kill_leave_right_receipts_only(
     time.sleep(2.1)  # past the time in which no receipt is given
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.runners.test_receipts"])
-    children = [context.Process(target=note_and_read, args=(files, 15)) for _ in range(16)]
+    children = [context.Process(target=note_and_read, args=(cache, files, 15)) for _ in range(16)]
     for child in children:
         child.start()
     children[0].kill()

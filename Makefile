@@ -26,11 +26,11 @@ RUN = $(VENV)/bin
 PIP_INSTALL = $(RUN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help setup compile generate compare bench test lint clean
+.PHONY: help setup compile generate compare bench test test-faults lint clean
 .PRECIOUS: $(VENV)/with-%
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(VENV)/with-compile ## Create .venv with what compile and generate need
 
@@ -52,6 +52,9 @@ bench: $(VENV)/with-bench ## Measure speed, size and start-up time against the p
 
 test: $(VENV)/with-dev ## Run the tests
 	$(RUN)/python -m pytest
+
+test-faults: $(VENV)/with-dev ## Run the long tests of kills, full disks and damage
+	$(RUN)/python -m pytest -m faults
 
 lint: $(VENV)/with-dev ## Check style and types
 	$(RUN)/ruff check .

@@ -45,6 +45,7 @@ def carry_out(wish: Wish, console: Console) -> None:
     _check_tools()
     from benchmarks.levels import contestants, level_recipes
     from optimizer.source import resolve
+    from optimizer.store import Store
 
     level_recipes(wish)
     source = resolve(wish.model, revision=wish.revision, console=console)
@@ -54,7 +55,7 @@ def carry_out(wish: Wish, console: Console) -> None:
             "run it: give the model that it was exported from."
         )
     request = _request(wish, source.folder)
-    with _writing(wish.out):
+    with _writing(wish.out), Store().session(source.folder):
         wish.out.mkdir(parents=True, exist_ok=True)
         comparison = compare_contestants(
             contestants(wish, source, console), request, source, out=wish.out, console=console

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from optimizer.configs import read_json
-from optimizer.digests import FileDigest, digest, sha256_file
+from optimizer.digests import FileDigest, digest
 from optimizer.layout import AUTOENCODER, chosen_by, described_by, require_described
 from optimizer.source import HUB_ID, ModelSource
 from optimizer.vae_config import require_fitting
 from optimizer.weights import read_header
 from profiles.errors import SpecError, UnsupportedError
 from runners.console import Console
+from runners.receipts import sha256_of
 
 __all__ = [
     "AutoencoderSource",
@@ -97,7 +98,7 @@ def _source(
 ) -> AutoencoderSource:
     used, class_name = inspect_autoencoder(folder, name=name)
     files = {
-        file: FileDigest((folder / file).stat().st_size, sha256_file(folder / file))
+        file: FileDigest((folder / file).stat().st_size, sha256_of(folder / file, always=False))
         for file in used
     }
     return AutoencoderSource(name, kind, folder, revision, class_name, files)

@@ -52,6 +52,12 @@ __all__ = ["analyze_command", "compile_command"]
 )
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe's file.")
 @click.option("--force", is_flag=True, help="Replace another bundle at -o.")
+@click.option(
+    "--verify",
+    type=click.Choice(["changed", "always"]),
+    default="changed",
+    help="always: hash the model's files though they haven't changed since the last time.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the tools print.")
@@ -64,6 +70,7 @@ def compile_command(
     calibration: Path | None,
     calibration_size: int | None,
     recipe_file: Path | None,
+    verify: str,
     force: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
@@ -113,13 +120,21 @@ def compile_command(
         **_sizes(size_range, size),
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)
+    always_hash = verify == "always"
     if dry_run:
-        plan, _ = plan_recipe(recipe, sensitivity, console=console)
+        plan, _ = plan_recipe(recipe, sensitivity, console=console, always_hash=always_hash)
         console.result(describe.plan_text(plan), describe.plan_document(plan))
         return
     if out is None:
         raise SpecError("Say where the bundle goes with -o FOLDER.")
-    result = compile_bundle(recipe, out, console=console, force=force, sensitivity=sensitivity)
+    result = compile_bundle(
+        recipe,
+        out,
+        console=console,
+        force=force,
+        sensitivity=sensitivity,
+        always_hash=always_hash,
+    )
     console.result(describe.result_text(result), describe.result_document(result))
 
 

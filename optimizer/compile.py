@@ -23,13 +23,14 @@ from optimizer.plan import Job, Plan, make_plan
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, load_sensitivity
 from optimizer.quantize.solvers import SOLVERS
 from optimizer.recipe import Recipe
+from optimizer.room import require_disk, require_memory
 from optimizer.source import resolve
 from optimizer.store import Store
 from optimizer.tools import EXPORT, TORCH, require_libraries, versions
 from optimizer.worker import run_stage
 from profiles import hardware as facts
 from profiles import profile as profiles
-from profiles.errors import DiskFullError, OutOfMemory
+from profiles.errors import BuildError, DiskFullError
 from profiles.hardware import Hardware
 from runners.console import Console
 from runners.manifest import Manifest, Picture
@@ -49,12 +50,17 @@ class CompileResult:
 
 
 def plan_recipe(
-    recipe: Recipe, sensitivity: Path | None = None, *, console: Console | None = None
+    recipe: Recipe,
+    sensitivity: Path | None = None,
+    *,
+    console: Console | None = None,
+    always_hash: bool = False,
 ) -> tuple[Plan, Hardware]:
     """Everything decided and checked, from configs alone; nothing is built.
 
     With a file of `kiln analyze`, the policy of `--quant auto` is decided too. A hub model that
-    isn't here is downloaded, which `console` shows.
+    isn't here is downloaded, which `console` shows. With `always_hash`, receipts of the model's
+    files are ignored.
     """
     hardware = facts.detect()
     profile = profiles.load(recipe.profile or _profile_name(recipe, hardware))
@@ -63,6 +69,7 @@ def plan_recipe(
         revision=recipe.revision,
         prediction_type=recipe.prediction_type,
         console=console,
+        always_hash=always_hash,
     )
     if recipe.vae is not None:
         source = with_autoencoder(source, recipe.vae, revision=recipe.vae_revision, console=console)
@@ -91,6 +98,7 @@ def compile_bundle(
     console: Console,
     force: bool = False,
     sensitivity: Path | None = None,
+    always_hash: bool = False,
 ) -> CompileResult:
     """Make the bundle that `recipe` asks for at `out`.
 
@@ -98,26 +106,35 @@ def compile_bundle(
     `out` is refused unless `force`. Raises what the stages raise: see profiles.errors.
     """
     start, where = time.monotonic(), out.absolute()  # "-o ." is replaced, and with it where we are
-    plan, hardware = plan_recipe(recipe, sensitivity, console=console)
+    plan, hardware = plan_recipe(recipe, sensitivity, console=console, always_hash=always_hash)
     formats = {scheme.format for job in plan.jobs for scheme in job.layers.values()}
     runs_graphs = {"onnxruntime"} if plan.source.kind == "onnx" else set()
     require_libraries({job.backend for job in plan.jobs} | runs_graphs, formats)
     remember(plan.source)
-    stages = _Stages(plan, hardware, console)
+    stages = _Stages(plan, hardware, console, Store())
     key = stages.bundle_key
     if (there := bundling.same_bundle(out, key, force=force)) is not None:
         remember_bundle(where)
         return CompileResult(out, there, time.monotonic() - start, reused=True)
     bundling.check_target(out, force=force)
-    _require_disk(plan, out, stages.store)
-    _require_memory(plan, hardware)
+    require_disk(plan, out, stages.store.root)
+    require_memory(plan, hardware)
+    with stages.store.session():
+        manifest = _build(stages, plan, out)
+    remember_bundle(where)
+    return CompileResult(out, manifest, time.monotonic() - start, reused=False)
 
+
+def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
+    """All stages in their order, each found in the store or made; what they use stays meanwhile."""
+    key = stages.bundle_key
+    stages.use_source()
     recorded = stages.record()
     observed = stages.observe(recorded)
     if plan.undecided:
         measured = stages.sensitivity(recorded, observed) / SENSITIVITY_NAME
         choice = decided(plan, load_sensitivity(measured))
-        console.info(f"Policy: {choice.solved.describe()}")
+        stages.console.info(f"Policy: {choice.solved.describe()}")
         plan = choice.plan
         stages = stages.of(plan)
     engines = {}
@@ -126,10 +143,8 @@ def compile_bundle(
         engines[job.spec.name] = stages.engine(job, prepared, recorded)
     speed = stages.speed(recorded, engines)
 
-    made = bundling.Made(key, engines, speed, hardware, stages.seconds)
-    manifest = bundling.assemble(plan, made, out, stages.draw)
-    remember_bundle(where)
-    return CompileResult(out, manifest, time.monotonic() - start, reused=False)
+    made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
+    return bundling.assemble(plan, made, out, stages.draw)
 
 
 def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
@@ -137,9 +152,11 @@ def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
     plan, hardware = plan_recipe(recipe, console=console)
     require_libraries(())
     remember(plan.source)
-    stages = _Stages(plan, hardware, console)
-    recorded = stages.record()
-    measured = stages.sensitivity(recorded, stages.observe(recorded))
+    stages = _Stages(plan, hardware, console, Store())
+    with stages.store.session():
+        stages.use_source()
+        recorded = stages.record()
+        measured = stages.sensitivity(recorded, stages.observe(recorded))
     return plan, measured / SENSITIVITY_NAME
 
 
@@ -161,9 +178,8 @@ class _Stages:
     Where another autoencoder takes the VAE's place, all that it can't change is found again.
     """
 
-    def __init__(self, plan: Plan, hardware: Hardware, console: Console) -> None:
-        self._plan, self._hardware, self._console = plan, hardware, console
-        self.store = Store()
+    def __init__(self, plan: Plan, hardware: Hardware, console: Console, store: Store) -> None:
+        self._plan, self.hardware, self.console, self.store = plan, hardware, console, store
         self._took: dict[Path, float] = {}
         self._machine = hardware.cpu.model_dump(mode="json")
         self._vae = {"vae": plan.source.vae.digest} if plan.source.vae else {}
@@ -196,9 +212,16 @@ class _Stages:
 
     def of(self, plan: Plan) -> _Stages:
         """The stages of another plan of the same model on the same machine."""
-        stages = _Stages(plan, self._hardware, self._console)
+        stages = _Stages(plan, self.hardware, self.console, self.store)
         stages._took = self._took
         return stages
+
+    def use_source(self) -> None:
+        """Keep a converted model in the store for the session; raises where it just went."""
+        if not self.store.use(self._plan.source.folder):
+            raise BuildError(
+                "The converted model left the cache while it was planned: compile again."
+            )
 
     def observe(self, recorded: Path) -> Observed:
         """What policies and solvers need to know of the calibration runs."""
@@ -277,7 +300,7 @@ class _Stages:
 
     def draw(self, folder: Path, out: Path, wanted: Picture) -> None:
         """The picture of the bundle in `folder`, into `out`; not kept in the store."""
-        with self._console.stage("Draw the self-test's picture") as stage:
+        with self.console.stage("Draw the self-test's picture") as stage:
             arguments = (folder, out, wanted)
             run_stage("optimizer.picture:draw_picture", arguments, progress=stage.progress)
 
@@ -306,14 +329,14 @@ class _Stages:
     ) -> Path:
         """The entry of `key`, made by `target` in a process of its own where it isn't there yet."""
         if (found := self.store.find(kind, key, verify=True)) is not None:
-            self._console.detail(f"{title}: found in the cache")
+            self.console.detail(f"{title}: found in the cache")
             self._took[found] = float((found / _TOOK).read_text("utf-8"))
             return found
-        with self._console.stage(title) as stage, self.store.create(kind, key) as folder:
+        with self.console.stage(title) as stage, self.store.create(kind, key) as folder:
             first, start = (self._plan,) if planned else (), time.monotonic()
             printed = run_stage(target, (*first, *arguments, folder), progress=stage.progress)
             (folder / _TOOK).write_text(f"{time.monotonic() - start:.1f}", "utf-8")
-        self._console.detail(printed.rstrip())
+        self.console.detail(printed.rstrip())
         made = self.store.find(kind, key)
         if made is None:
             raise DiskFullError(
@@ -321,31 +344,3 @@ class _Stages:
             )
         self._took[made] = float((made / _TOOK).read_text("utf-8"))
         return made
-
-
-def _require_memory(plan: Plan, hardware: Hardware) -> None:
-    """Refuse before any work what the builder would run out of memory with."""
-    for job in plan.jobs:
-        needed = job.build_memory_bytes
-        if needed > hardware.ram_available_bytes:
-            raise OutOfMemory(
-                f"Building {job.spec.name} takes about {needed / 2**30:.1f} GiB and "
-                f"{hardware.ram_available_bytes / 2**30:.1f} are free: close other programs, use "
-                "--quant int8, or build on a machine with more memory (the cards needn't be there)."
-            )
-
-
-def _require_disk(plan: Plan, out: Path, store: Store) -> None:
-    """Refuse before any work when the disk can't hold what will be written.
-
-    The store keeps every component once as exported (fp32 at most) and once built.
-    """
-    engines = sum(job.predicted_bytes for job in plan.jobs)
-    exported = sum(4 * job.parameters for job in plan.jobs)
-    for folder, needed in ((store.root, engines + exported), (out.absolute().parent, engines)):
-        free = facts.free_disk_bytes(folder)
-        if free < needed:
-            raise DiskFullError(
-                f"{folder} needs {needed / 2**30:.1f} GiB free and has {free / 2**30:.1f}: free "
-                "some space, or set KILN_CACHE and -o to folders on another disk."
-            )

@@ -19,8 +19,11 @@ from optimizer.source import ModelSource
 from optimizer.store import Store
 
 __all__ = [
+    "KINDS",
+    "OLD_PLACE",
     "SeenModel",
     "licence_of",
+    "move_old_notes",
     "remember",
     "remember_bundle",
     "remember_licence",
@@ -109,16 +112,15 @@ def licence_of(model: str, commit: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _folder(kind: str) -> Path:
-    return Store().root / "v1" / kind
+KINDS = ("known_bundles", "known_licences", "known_models")
+"""The folders of notes in the cache folder."""
 
-
-def _note(kind: str, key: str) -> Path:
-    return _folder(kind) / f"{key[:24]}.json"
+OLD_PLACE = "v1"
+"""Where these folders lay before; what is there is still read."""
 
 
 def _write(kind: str, key: str, document: dict[str, Any]) -> None:
-    note = _note(kind, key)
+    note = Store().root / kind / f"{key[:24]}.json"
     temporary = note.with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +131,33 @@ def _write(kind: str, key: str, document: dict[str, Any]) -> None:
 
 
 def _read(kind: str, key: str) -> dict[str, Any]:
-    return _parsed(_note(kind, key))
+    name = f"{key[:24]}.json"
+    return next((found for note in _notes(kind, name) if (found := _parsed(note))), {})
 
 
 def _all(kind: str) -> Iterator[dict[str, Any]]:
-    with suppress(OSError):
-        for note in sorted(_folder(kind).glob("*.json")):
-            yield _parsed(note)
+    notes = {note.name: note for note in reversed(_notes(kind, "*.json"))}
+    return map(_parsed, sorted(notes.values()))
+
+
+def _notes(kind: str, pattern: str) -> list[Path]:
+    """The notes that are there, those of the old place last."""
+    root, found = Store().root, list[Path]()
+    for folder in (root / kind, root / OLD_PLACE / kind):
+        with suppress(OSError):
+            found += sorted(folder.glob(pattern))
+    return found
+
+
+def move_old_notes(root: Path) -> None:
+    """Put notes of the old place where they lie now, unless there are newer ones."""
+    for kind in KINDS:
+        for note in sorted((root / OLD_PLACE / kind).glob("*.json")):
+            target = root / kind / note.name
+            with suppress(OSError):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    note.replace(target)
 
 
 def _parsed(note: Path) -> dict[str, Any]:

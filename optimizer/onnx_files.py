@@ -1,4 +1,4 @@
-"""ONNX files of others: parsed by onnx alone, weights read from their own folder only."""
+"""ONNX files: parsed by onnx alone, weights read from their own folder only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from profiles.errors import SpecError
 
-__all__ = ["external_files", "read_graph"]
+__all__ = ["external_files", "read_graph", "read_stored"]
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -23,6 +23,20 @@ def read_graph(path: Path) -> ir.Model:
     if not len(model.graph):
         raise SpecError(f"{path} is damaged (it holds no graph): export or copy it again")
     return model
+
+
+def read_stored(path: Path) -> ir.Model:
+    """A graph of the store, whose weights are read when they are needed.
+
+    Their file may be a hard link (optimizer.blobs), which onnx_ir refuses as a possible way out of
+    the graph's folder, unless whoever reads names the file itself.
+    """
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(_inside(path.absolute(), entry.value))
+    return ir.from_proto(proto)
 
 
 def external_files(path: Path) -> list[str]:

@@ -20,12 +20,12 @@ from typing import Any
 from optimizer import families
 from optimizer.backends import BACKENDS, backend
 from optimizer.configs import Config
-from optimizer.digests import sha256_file
 from optimizer.families.base import Family, Ranges
 from optimizer.layout import family_of
 from optimizer.store import Store
 from optimizer.vae_config import TINY
 from profiles.errors import SpecError, UnsupportedError
+from runners.receipts import sha256_of
 from runners.signature import Signature, TensorSpec
 
 __all__ = [
@@ -61,11 +61,13 @@ def is_onnx_folder(folder: Path) -> bool:
     )
 
 
-def adopt(folder: Path, index: Mapping[str, Any], store: Store) -> Path:
+def adopt(
+    folder: Path, index: Mapping[str, Any], store: Store, *, always_hash: bool = False
+) -> Path:
     """The checked copy of an optimum folder in the store.
 
-    `index` is its model_index.json. Raises `SpecError` for what is missing or damaged in it,
-    `UnsupportedError` for what kiln can't build from.
+    `index` is its model_index.json; with `always_hash`, receipts are ignored. Raises `SpecError`
+    for what is missing or damaged in it, `UnsupportedError` for what kiln can't build from.
     """
     name = str(index.get("_class_name"))
     plain = next(
@@ -74,7 +76,7 @@ def adopt(folder: Path, index: Mapping[str, Any], store: Store) -> Path:
     known = as_exported(families.family(family_of({"_class_name": plain}, where=str(folder))))
     files = _given_files(folder, known)
     key = {
-        "files": {file: sha256_file(path) for file, path in files.items()},
+        "files": {file: sha256_of(path, always=always_hash) for file, path in files.items()},
         "adopter": _VERSION,
     }
     found = store.find("source", key)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from optimizer import families
-from optimizer.digests import sha256_file
 from optimizer.layout import PICKLES, known_families
 from optimizer.store import Store
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError, UnsupportedError
+from runners.receipts import sha256_of
 
 __all__ = ["CONVERTERS", "convert"]
 
@@ -50,16 +50,22 @@ _VERSION = 3
 """Raised when a converter writes anything else than before."""
 
 
-def convert(checkpoint: Path, store: Store, *, prediction_type: str | None = None) -> Path:
+def convert(
+    checkpoint: Path,
+    store: Store,
+    *,
+    prediction_type: str | None = None,
+    always_hash: bool = False,
+) -> Path:
     """Return the diffusers folder of a .safetensors checkpoint; it is kept in the store.
 
     Weights keep their type. `prediction_type` is what the denoiser predicts, where the file's own
-    marks and weights would tell something else. Raises `SpecError` for another kind of file,
-    `UnsupportedError` for an unknown family.
+    marks and weights would tell something else; with `always_hash`, the checkpoint's receipt is
+    ignored. Raises `SpecError` for another kind of file, `UnsupportedError` for an unknown family.
     """
     family = _detect(checkpoint)
     key: dict[str, object] = {
-        "checkpoint": sha256_file(checkpoint),
+        "checkpoint": sha256_of(checkpoint, always=always_hash),
         "converter": [CONVERTERS[family], _VERSION],
     }
     if prediction_type is not None:

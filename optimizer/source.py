@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from optimizer.configs import Config, read_json
-from optimizer.digests import FileDigest, digest, sha256_file
+from optimizer.digests import FileDigest, digest
 from optimizer.layout import PICKLES, choose_files, family_of, variant_of
 from optimizer.onnx_source import ABOUT, adopt, is_onnx_folder
 from optimizer.store import ENTRY_NAME, Store
@@ -21,6 +21,7 @@ from optimizer.vae_config import completed
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
 from runners.console import Console
+from runners.receipts import sha256_of
 
 if TYPE_CHECKING:
     from optimizer.autoencoder import AutoencoderSource
@@ -151,12 +152,14 @@ def resolve(
     prediction_type: str | None = None,
     store: Store | None = None,
     console: Console | None = None,
+    always_hash: bool = False,
 ) -> ModelSource:
     """Find, fetch or convert a model, and check every file of it that is used.
 
     `prediction_type` is that of a single file, `store` keeps converted ones, `console` shows a
-    download's progress. Raises `SpecError` for what is wrong with the input, `UnsupportedError` for
-    a family that isn't known, `MissingError` for a model that is neither on disk nor can be
+    download's progress. Files that haven't changed since they were last hashed are hashed again
+    with `always_hash` only. Raises `SpecError` for what is wrong with the input, `UnsupportedError`
+    for a family that isn't known, `MissingError` for a model that is neither on disk nor can be
     fetched.
     """
     path = Path(model).expanduser()
@@ -165,18 +168,21 @@ def resolve(
     if path.is_file():
         from optimizer.single_file import convert
 
-        folder = convert(path, store or Store(), prediction_type=prediction_type)
-        return _source(folder, name=model, kind="single-file", revision=None)
+        folder = convert(
+            path, store or Store(), prediction_type=prediction_type, always_hash=always_hash
+        )
+        return _source(folder, model, "single-file", always_hash=always_hash)
     _check_name(model, path, prediction_type)
     if path.is_dir() and is_onnx_folder(path):
-        folder = adopt(path, _read_index(path), store or Store())
-        return _source(folder, name=model, kind="onnx", revision=None)
+        folder = adopt(path, _read_index(path), store or Store(), always_hash=always_hash)
+        return _source(folder, model, "onnx", always_hash=always_hash)
     if path.is_dir():
-        return _source(path, name=model, kind="folder", revision=None)
+        return _source(path, model, "folder", always_hash=always_hash)
     from optimizer.hub import fetch
 
     found = fetch(model, revision=revision, console=console)
-    return _source(found.folder, name=model, kind="hub", revision=found.revision)
+    source = _source(found.folder, model, "hub", always_hash=always_hash)
+    return replace(source, revision=found.revision)
 
 
 def _check_name(model: str, path: Path, prediction_type: str | None) -> None:
@@ -221,17 +227,19 @@ def inspect_folder(folder: Path, *, name: str) -> Inspected:
     return Inspected(family, str(index["_class_name"]), used)
 
 
-def _source(folder: Path, *, name: str, kind: SourceKind, revision: str | None) -> ModelSource:
+def _source(folder: Path, name: str, kind: SourceKind, *, always_hash: bool) -> ModelSource:
     found = inspect_folder(folder, name=name)
     return ModelSource(
         name=name,
         kind=kind,
         folder=folder,
-        revision=revision,
+        revision=None,
         family=found.family,
         pipeline_class=found.pipeline_class,
         files={
-            file: FileDigest((folder / file).stat().st_size, sha256_file(folder / file))
+            file: FileDigest(
+                (folder / file).stat().st_size, sha256_of(folder / file, always=always_hash)
+            )
             for file in found.used
         },
     )

@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS: dict[str, str] = {
     "analyze": "optimizer.cli:analyze_command",
     "bench": "benchmarks.bench:bench",
+    "cache": "optimizer.cache:cache_command",
     "check": "runners.check:check_command",
     "compare": "benchmarks.compare:compare",
     "compile": "optimizer.cli:compile_command",
@@ -41,6 +42,7 @@ COMMANDS: dict[str, str] = {
 _LINES = {
     "analyze": "Measure which layers lose most from few bits.",
     "bench": "Measure speed, size and start-up against the peers.",
+    "cache": "Show what kiln keeps on this disk, check it, make room.",
     "check": "Say whether a bundle runs on this machine or another.",
     "compare": "Compare levels with plain diffusers: speed, size, pictures.",
     "compile": "Make a bundle from a model.",

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from optimizer.backends import Built, How
 from optimizer.backends.onnxruntime_kernels import KERNELS, use_kernels
+from optimizer.onnx_files import read_stored
 from optimizer.progress import Progress
 from runners.engines.onnxruntime import ACCURACY
 
@@ -19,7 +20,7 @@ _GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Write graph and weights into `out`; the session optimizes when it opens."""
-    model = ir.load(source / _GRAPH)
+    model = read_stored(source / _GRAPH)
     use_kernels(model)
     ir.save(model, out / _GRAPH, external_data=_WEIGHTS)
     if not (out / _WEIGHTS).is_file():

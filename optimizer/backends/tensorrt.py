@@ -19,6 +19,7 @@ import onnx_ir as ir
 from optimizer.backends import Built, How
 from optimizer.graph import fold_fp4
 from optimizer.narrow import narrow
+from optimizer.onnx_files import read_stored
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.tensorrt import LIBRARIES, card_capability, import_library
@@ -71,7 +72,7 @@ def low_bit_layers(engine: Any) -> int | None:  # noqa: ARG001
 
 def _write_narrow(source: Path, how: How, path: Path) -> dict[str, bool]:
     """What the library gets; the products of quantized weights, as `_quantized_products` says."""
-    model = ir.load(source / "model.onnx")
+    model = read_stored(source / "model.onnx")
     products = _quantized_products(model.graph)
     narrow(model, how.dtype)
     ir.save(model, path, external_data=f"{path.name}.data")
@@ -82,7 +83,7 @@ def _write_provable(source: Path, how: How, path: Path) -> dict[str, str]:
     """The same graph as far as ONNX Runtime has kernels on a processor: in fp16 where that is asked
     for, but bf16 as fp32, and e2m1 weights as what they stand for.
     """
-    model = ir.load(source / "model.onnx")
+    model = read_stored(source / "model.onnx")
     fold_fp4(model)
     if how.dtype == "fp16":
         narrow(model, "fp16")

@@ -276,7 +276,7 @@ def test_a_killed_compile_resumes_and_shows_nothing_half_written(
     original = bundle("openvino")
     cache, out = tmp_path / "cache", tmp_path / "out" / "bundle"
     for kind in ("record", "prepared"):
-        shutil.copytree(store_root / "v1" / kind, cache / "v1" / kind)
+        shutil.copytree(store_root / "v2" / kind, cache / "v2" / kind)
     monkeypatch.setenv("KILN_CACHE", str(cache))
     command = ["compile", str(tiny_model), "-o", str(out), *PLAIN, "-v"]
     with subprocess.Popen(

@@ -164,8 +164,8 @@ def test_folders_of_models_are_searched(
 
 
 def test_damaged_notes_are_no_error(kiln: Kiln, machine: Path) -> None:
-    for kind in ("known_models", "known_bundles"):
-        folder = machine / "kiln" / "v1" / kind
+    for kind in ("known_models", "known_bundles", "v1/known_models", "v1/known_bundles"):
+        folder = machine / "kiln" / kind
         folder.mkdir(parents=True)
         (folder / "a.json").write_text("{")
         (folder / "b.json").write_text('{"path": null}')

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from optimizer.source import resolve
 from optimizer.store import sha256_file
 from optimizer.weights import Parameter
 from profiles.errors import SpecError, UnsupportedError
+from runners import receipts
 from tests.optimizer.tiny_folder import write_json, write_model, write_weights
 
 USED = [
@@ -43,6 +46,48 @@ def test_a_folder_is_described(model: Path) -> None:
     assert list(source.files) == USED
     assert source.files[UNET].size == (model / UNET).stat().st_size
     assert source.files[UNET].sha256 == sha256_file(model / UNET)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no receipts are kept there")
+def test_a_model_that_has_not_changed_is_hashed_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILN_CACHE", str(tmp_path / "cache"))
+    real, now, hashed = receipts._hashed, time.time_ns(), list[int]()
+
+    def counted(descriptor: int) -> str:
+        hashed.append(descriptor)
+        return real(descriptor)
+
+    monkeypatch.setattr(receipts, "_hashed", counted)
+    monkeypatch.setattr(receipts.time, "time_ns", lambda: now + 10 * 10**9)
+    first = resolve(str(model))
+    assert resolve(str(model)).digest == first.digest
+    assert len(hashed) == len(USED)
+    (model / "unet/config.json").write_text('{"sample_size": 8}')
+    assert resolve(str(model)).digest != first.digest
+    assert len(hashed) == len(USED) + 1
+    resolve(str(model), always_hash=True)
+    assert len(hashed) == 2 * len(USED) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "always"),
+    [((), False), (("--verify", "changed"), False), (("--verify", "always"), True)],
+)
+def test_compile_says_whether_receipts_count(
+    model: Path, monkeypatch: pytest.MonkeyPatch, kiln: Any, options: tuple[str, ...], always: bool
+) -> None:
+    seen = []
+
+    def noted(*_: object, always_hash: bool, **__: object) -> None:
+        seen.append(always_hash)
+        raise SpecError("Stop here.")
+
+    monkeypatch.setattr("optimizer.compile.resolve", noted)
+    for more in (("--dry-run",), ("-o", str(model.parent / "out"))):
+        assert kiln("compile", model, *more, *options).sentence == "Error: Stop here."
+    assert seen == [always, always]
 
 
 def test_configs_and_parameters_are_read(model: Path) -> None:

@@ -48,7 +48,7 @@ def failing_block(store: Store, error: BaseException) -> Iterator[None]:
 
 
 def temporaries(store: Store) -> list[Path]:
-    return list((store.root / "v1" / "_tmp").iterdir())
+    return list((store.root / "v2" / "_tmp").iterdir())
 
 
 def test_canonical_is_the_same_for_any_order_and_container() -> None:
@@ -121,6 +121,11 @@ def test_the_first_of_two_creators_stays(store: Store) -> None:
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    overwrite(path, content)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
     path.write_bytes(content)
 
 
@@ -129,14 +134,14 @@ def test_a_flipped_byte_is_set_aside_and_made_again(store: Store) -> None:
     assert store.find("engine", KEY) is not None  # sizes alone don't show it
     assert store.find("engine", KEY, verify=True) is None
     assert store.find("engine", KEY) is None
-    [aside] = (store.root / "v1" / "_damaged").iterdir()
+    [aside] = (store.root / "v2" / "_damaged").iterdir()
     assert (aside / "weights.bin").exists()
     assert (make(store) / "weights.bin").read_text() == "weights"
     assert store.find("engine", KEY, verify=True) is not None
 
 
 def truncate(path: Path) -> None:
-    (path / "weights.bin").write_text("weight")
+    overwrite(path / "weights.bin", b"weight")
 
 
 def remove(path: Path) -> None:
@@ -152,7 +157,7 @@ def flip_sidecar(path: Path) -> None:
 
 
 def empty_sidecar(path: Path) -> None:
-    (path / "entry.json").write_text("{}")
+    overwrite(path / "entry.json", b"{}")
 
 
 def move(path: Path) -> None:
@@ -244,10 +249,10 @@ def test_a_living_creators_temporary_is_not_swept(store: Store) -> None:
 
 def test_leftovers_of_a_reused_process_number_are_swept(store: Store) -> None:
     with store.create("engine", {"other": 1}) as folder:
-        twin = folder.with_name(folder.name + "0")
+        what, host, number, started, token = folder.name.split(".")
+    earlier = str(int(started) - 10 * 24 * 3600 * 1000)
+    twin = folder.with_name(".".join((what, host, number, earlier, token)))
     twin.mkdir()
-    long_ago = time.time() - 10 * 24 * 3600
-    os.utime(twin, (long_ago, long_ago))
     make(store)
     assert not twin.exists()
 
@@ -255,7 +260,7 @@ def test_leftovers_of_a_reused_process_number_are_swept(store: Store) -> None:
 @pytest.mark.parametrize(("days", "stays"), [(1, True), (8, False)])
 def test_another_hosts_leftovers_are_kept_for_a_week(store: Store, days: int, stays: bool) -> None:
     make(store)
-    strange = store.root / "v1" / "_tmp" / "0123.otherhost.1.abcd"
+    strange = store.root / "v2" / "_tmp" / "0123.otherhost.1.1000.abcd"
     strange.mkdir()
     then = time.time() - days * 24 * 3600
     os.utime(strange, (then, then))
@@ -286,7 +291,7 @@ def test_processes_that_make_the_same_entry_agree_on_one(store: Store) -> None:
     assert path is not None
     assert (path / "weights.bin").read_text() in {"0", "1", "2"}
     assert temporaries(store) == []
-    assert not (store.root / "v1" / "_damaged").exists()
+    assert not (store.root / "v2" / "_damaged").exists()
 
 
 class NativeError(Exception):
@@ -301,7 +306,7 @@ class NativeError(Exception):
     ],
 )
 def test_a_full_disk_is_said_with_the_fix(store: Store, error: Exception) -> None:
-    said = pytest.raises(DiskFullError, match=r"is full: .*make room, or set KILN_CACHE")
+    said = pytest.raises(DiskFullError, match=r"is full: .*make room .*or set KILN_CACHE")
     with said as caught, failing_block(store, error):
         pass
     assert caught.value.exit_code == 14

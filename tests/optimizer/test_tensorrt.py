@@ -91,7 +91,7 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
     made = bundle("tensorrt-rtx", "none", "fp16", CARDS)
     entry = read_manifest(made).component("vae_decoder")
     wanted = entry.signature.inputs[0].name
-    for stage in sorted(Path(os.environ["KILN_CACHE"]).glob("v1/prepared/*")):
+    for stage in sorted(Path(os.environ["KILN_CACHE"]).glob("v2/prepared/*")):
         graph = onnx.load(stage / "model.onnx", load_external_data=False).graph
         if [value.name for value in graph.input] == [wanted]:
             shutil.copytree(stage, tmp_path / "source")

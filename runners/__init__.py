@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["load"]
 
@@ -17,12 +17,14 @@ def load(
     task: str = "text-to-image",
     threads: int | None = None,
     trust: str | Path | None = None,
+    verify: Literal["changed", "always"] = "changed",
 ) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
     `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
     trust file (default: the user's own) that says whose bundles may run beside those compiled on
-    this machine. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
+    this machine. `verify` "always" hashes large files though they haven't changed since they were
+    last hashed. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
     Raises UntrustedError where nobody trusted has signed the bundle, what `require_compatible`
     raises where it doesn't fit this machine, BundleError when a byte is wrong, SelfTestError where
     its self-test failed here, SpecError for a path that is no bundle or an unknown task.
@@ -36,6 +38,7 @@ def load(
         bundle,
         trust=load_trust(trust),
         check=lambda manifest: require_compatible(manifest, facts_for(manifest)),
+        always_hash=verify == "always",
     )
     require_passed(opened, facts_for(opened.manifest))
 

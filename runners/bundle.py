@@ -46,9 +46,9 @@ __all__ = [
 class Bundle:
     """A verified bundle: `file(rel)` gives the very bytes that were hashed."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, always_hash: bool = False) -> None:
         """Use `open_bundle` instead, which verifies."""
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest, self._always_hash = path, manifest, always_hash
         self._buffers: dict[str, Buffer] = {}
         self._code = {
             name
@@ -67,7 +67,11 @@ class Bundle:
         """The bytes of one file: hashed, and the same buffer given out every time."""
         if name not in self._buffers:
             self._buffers[name] = verified_buffer(
-                self.path, name, self.manifest.files[name], private=name in self._code
+                self.path,
+                name,
+                self.manifest.files[name],
+                private=name in self._code,
+                always_hash=self._always_hash,
             )
         return self._buffers[name]
 
@@ -105,18 +109,20 @@ def open_bundle(
     *,
     trust: Trust | None = None,
     check: Callable[[Manifest], object] | None = None,
+    always_hash: bool = False,
 ) -> Bundle:
     """The bundle at `path`, its origin and all its files verified.
 
     `trust` (default: the user's own) says whose signatures count; `check` sees the manifest, and
-    raises where the bundle can't run here, before any other file is opened. Raises SpecError where
-    there is no bundle, UntrustedError where nobody trusted has signed it and it wasn't compiled
+    raises where the bundle can't run here, before any other file is opened. Large files that
+    haven't changed since they were last hashed are hashed with `always_hash` only. Raises SpecError
+    where there is no bundle, UntrustedError where nobody trusted has signed it and it wasn't compiled
     here, BundleError for wrong bytes, UnsupportedError for a newer schema.
     """
     manifest = trusted_manifest(path, trust=trust)
     if check is not None:
         check(manifest)
-    bundle = Bundle(Path(path), manifest)
+    bundle = Bundle(Path(path), manifest, always_hash=always_hash)
     bundle.verify()
     return bundle
 

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from profiles.errors import BundleError, KilnError, OutOfMemory
+from runners import receipts
 from runners.engines.base import Buffer
 from runners.manifest import FileEntry
 
@@ -34,13 +35,16 @@ _WALKS = bool(_NOFOLLOW) and os.open in os.supports_dir_fd
 """Whether this system opens a path part by part from an open folder."""
 
 
-def verified_buffer(folder: Path, name: str, entry: FileEntry, *, private: bool) -> Buffer:
+def verified_buffer(
+    folder: Path, name: str, entry: FileEntry, *, private: bool, always_hash: bool = False
+) -> Buffer:
     """The bytes of `name` below `folder`; BundleError unless they are what `entry` says.
 
     What was hashed is what is returned: the file is opened once, and another one put in its place
     is never seen. A mapping would still show what is written into the very same file, so `private`
     (for code), small files and those that another user may write are copied into memory of this
-    process first; a large file that only its owner, who runs this, can write is mapped.
+    process first; a large file that only its owner, who runs this, can write is mapped. One of
+    these that hasn't changed since it was last hashed isn't hashed again, unless `always_hash`.
     """
     with opened(folder, name) as file:
         facts = os.fstat(file)
@@ -49,7 +53,7 @@ def verified_buffer(folder: Path, name: str, entry: FileEntry, *, private: bool)
             buffer, digest = _copied(file, entry.size)
         else:
             buffer = mmap.mmap(file, entry.size, access=mmap.ACCESS_COPY)
-            digest = _sha256(buffer)
+            digest = _digest(file, buffer, facts, always_hash=always_hash)
     _require((entry.size, digest), entry, folder, name)
     return buffer
 
@@ -187,6 +191,16 @@ def _copied(file: int, size: int) -> tuple[Buffer, str]:
                 break
             start += got
     return buffer, digest.hexdigest()
+
+
+def _digest(file: int, buffer: Buffer, before: os.stat_result, *, always_hash: bool) -> str:
+    """Of the mapped file: from its receipt, else hashed and noted."""
+    if not always_hash and (known := receipts.known(before)) is not None:
+        return known
+    digest, after = _sha256(buffer), os.fstat(file)
+    if receipts.same_state(before, after):
+        receipts.note(before, digest)
+    return digest
 
 
 def _sha256(buffer: Buffer) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -50,6 +51,12 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @_options
 @click.option("--threads", type=int, help="CPU threads [default: the physical cores]")
 @click.option("--trust", type=_FILE, help="NAME.pub or trust file [default: `kiln trust ls`]")
+@click.option(
+    "--verify",
+    type=click.Choice(["changed", "always"]),
+    default="changed",
+    help="always: hash large files though they haven't changed since the last time.",
+)
 @click.option("-o", "--out", type=_FILE, required=True, help="PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries print.")
@@ -71,6 +78,7 @@ def generate(
     clip_skip: int | None,
     threads: int | None,
     trust: Path | None,
+    verify: Literal["changed", "always"],
     out: Path,
     as_json: bool,  # noqa: FBT001
     verbose: bool,  # noqa: FBT001
@@ -101,12 +109,17 @@ def generate(
     check_request(request)
     names = _names(out, count)
     console = Console(json_output=as_json, verbose=verbose)
-    drawing, pipeline = _loaded(bundle, request, trust, threads, console)
+    load = partial(runners.load, bundle, threads=threads, trust=trust, verify=verify)
+    drawing, pipeline = _loaded(bundle, request, trust, load, console)
     _draw(pipeline, request, drawing, names, console)
 
 
 def _loaded(
-    bundle: Path, request: Request, trust: Path | None, threads: int | None, console: Console
+    bundle: Path,
+    request: Request,
+    trust: Path | None,
+    load: Callable[..., Any],
+    console: Console,
 ) -> tuple[Any, Any]:
     """What is to be drawn and the pipeline; every picture is read before the bundle loads."""
     from runners.bundle import trusted_manifest
@@ -115,7 +128,7 @@ def _loaded(
 
     drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
     with console.stage(f"Load {bundle}"):
-        pipeline = runners.load(bundle, task=request.task, threads=threads, trust=trust)
+        pipeline = load(task=request.task)
     return drawing, pipeline
 
 

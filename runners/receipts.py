@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["FOLDER", "KEEP_SECONDS", "cache_root", "known", "note", "sha256_of"]
+__all__ = ["FOLDER", "KEEP_SECONDS", "cache_root", "known", "note", "same_state", "sha256_of"]
 
 FOLDER = "receipts"
 """Of receipts, in the cache folder."""
@@ -58,7 +58,7 @@ def sha256_of(file: int | str | Path, *, always: bool) -> str:
         if not always and (found := known(before)) is not None:
             return found
         sha256 = _hashed(descriptor)
-        if _state(os.fstat(descriptor)) == _state(before):
+        if same_state(before, os.fstat(descriptor)):
             note(before, sha256)
         return sha256
     finally:
@@ -106,6 +106,11 @@ def note(status: os.stat_result, sha256: str) -> None:
     except OSError:
         with suppress(OSError):
             fresh.unlink()
+
+
+def same_state(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether both are of one file that nobody has changed in between."""
+    return _state(before) == _state(after)
 
 
 def _state(status: os.stat_result) -> list[int]:

@@ -276,3 +276,31 @@ def test_a_name_that_no_system_knows_is_refused(bundle: Path) -> None:
     for read in every_reader(bundle, "x" * 5000):
         with pytest.raises(BundleError, match="can't be read"):
             read()
+
+
+def test_a_large_file_is_hashed_again_when_it_changes_or_is_asked_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runners import receipts
+
+    monkeypatch.setattr(files, "MAPPED_FROM", 100)
+    monkeypatch.setattr(receipts, "_RACY_NS", 0)
+    hashed: list[int] = []
+    real = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda buffer: hashed.append(1) or real(buffer))
+    (bundle / NAME).chmod(0o600)
+    entry = read_manifest(bundle).files[NAME]
+
+    def read(*, always_hash: bool = False) -> int:
+        before = len(hashed)
+        buffer = verified_buffer(bundle, NAME, entry, private=False, always_hash=always_hash)
+        assert len(buffer) == entry.size
+        return len(hashed) - before
+
+    assert [read(), read(), read(always_hash=True), read()] == [1, 0, 1, 0]
+    right = (bundle / NAME).read_bytes()
+    status = (bundle / NAME).stat()
+    (bundle / NAME).write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    os.utime(bundle / NAME, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if untouched
+    with pytest.raises(BundleError, match="digest differs"):
+        read()

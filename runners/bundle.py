@@ -115,9 +115,9 @@ def open_bundle(
 
     `trust` (default: the user's own) says whose signatures count; `check` sees the manifest, and
     raises where the bundle can't run here, before any other file is opened. Large files that
-    haven't changed since they were last hashed are hashed with `always_hash` only. Raises SpecError
-    where there is no bundle, UntrustedError where nobody trusted has signed it and it wasn't compiled
-    here, BundleError for wrong bytes, UnsupportedError for a newer schema.
+    haven't changed since they were last hashed are hashed with `always_hash` only. Raises
+    SpecError where there is no bundle, UntrustedError where nobody trusted has signed it and it
+    wasn't compiled here, BundleError for wrong bytes, UnsupportedError for a newer schema.
     """
     manifest = trusted_manifest(path, trust=trust)
     if check is not None:

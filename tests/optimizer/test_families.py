@@ -205,3 +205,34 @@ def test_the_refiner_goes_on_where_the_base_stopped(
     finally:
         for pipeline in ours:
             pipeline.kiln.close()
+
+
+_CARDS = "sm86,sm89,sm120"
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        pytest.param(
+            name, quant, marks=() if (name, quant) == ("sd3", "int8") else pytest.mark.slow
+        )
+        for name in ("sdxl", "sd3", "flux")
+        for quant in ("none", "int8", "int4")
+    ],
+)
+def test_every_component_builds_for_three_architectures_at_once(
+    models: Callable[[str], Path], bundle: MakeBundle, name: str, quant: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    manifest = read_manifest(bundle("tensorrt-rtx", quant, "fp16", _CARDS, model=models(name)))
+    assert {entry.name for entry in manifest.components} == {
+        spec.name for spec in family(name).components
+    }
+    for entry in manifest.components:
+        assert entry.requires.capabilities == ("8.6", "8.9", "12.0")
+        assert entry.oracle_sqnr_db is not None
+        assert entry.sqnr_db is not None
+        assert entry.sqnr_db > min(entry.oracle_sqnr_db, 40) - 1
+    denoiser = manifest.component("denoiser")
+    assert denoiser.layers_low_bit is not None
+    assert bool(denoiser.layers_low_bit) == (quant != "none")

@@ -98,7 +98,8 @@ class _Reader:
         pieces: list[Piece] = []
         for index, (text, weight) in enumerate(zip(self._texts, self._weights, strict=True)):
             _check(text, weight)
-            piece = Piece(text, round(weight, 6), starts_chunk=index in self._breaks)
+            factor = round(weight, 6) if text else 1.0
+            piece = Piece(text, factor, starts_chunk=index in self._breaks)
             if pieces and pieces[-1].weight == piece.weight and not piece.starts_chunk:
                 pieces[-1] = replace(pieces[-1], text=pieces[-1].text + text)
             elif text or piece.starts_chunk:

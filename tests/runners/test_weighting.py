@@ -37,11 +37,37 @@ def test_brackets_become_weights(prompt: str) -> None:
     assert weighted(prompt) == [Piece(text, weight) for text, weight in CASES[prompt]]
 
 
+BREAKS: dict[str, list[tuple[str, float, bool]]] = {
+    "a BREAK b": [("a", 1.0, False), ("b", 1.0, True)],
+    "a,\nBREAK\nb (c) d": [
+        ("a,", 1.0, False),
+        ("b ", 1.0, True),
+        ("c", 1.1, False),
+        (" d", 1.0, False),
+    ],
+    "(a BREAK b:1.5)": [("a", 1.5, False), ("b", 1.5, True)],
+    "BREAK a": [("a", 1.0, True)],
+    "a BREAK BREAK b": [("a", 1.0, False), ("", 1.0, True), ("b", 1.0, True)],
+    "a BREAK (b:2)": [("a", 1.0, False), ("", 1.0, True), ("b", 2.0, False)],
+    "a BREAK": [("a", 1.0, False), ("", 1.0, True)],
+    "BREAKING break aBREAK": [("BREAKING break aBREAK", 1.0, False)],
+}
+
+
+@pytest.mark.parametrize("prompt", BREAKS)
+def test_a_break_starts_a_chunk(prompt: str) -> None:
+    assert weighted(prompt) == [
+        Piece(text, weight, starts_chunk=starts) for text, weight, starts in BREAKS[prompt]
+    ]
+    assert (plain_text(prompt) is None) == any(weight != 1 for _, weight, _ in BREAKS[prompt])
+
+
 def test_text_without_weights_comes_back_with_its_escapes_resolved() -> None:
     assert plain_text(r"a \(b\) c:d") == "a (b) c:d"
     assert plain_text("") == ""
     assert plain_text("a (b)") is None
     assert plain_text("a (b:1)") == "a b"
+    assert plain_text("a (BREAK) b") == "a   b"
 
 
 @pytest.mark.parametrize("prompt", ["(a:11)", "(a:-10.5)", "(" * 30 + "a" + ")" * 30])

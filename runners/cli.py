@@ -21,26 +21,34 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS: dict[str, str] = {
     "analyze": "optimizer.cli:analyze_command",
     "bench": "benchmarks.bench:bench",
+    "bundles": "runners.shipping:bundles_command",
     "compare": "benchmarks.compare:compare",
     "compile": "optimizer.cli:compile_command",
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
+    "install": "runners.shipping:install_command",
     "models": "optimizer.models:models_command",
+    "pack": "runners.shipping:pack_command",
     "profiles": "runners.profiles:profiles_command",
     "pull": "optimizer.pull:pull_command",
+    "rollback": "runners.shipping:rollback_command",
 }
 """Command -> module:attribute."""
 
 _LINES = {
     "analyze": "Measure which layers lose most from few bits.",
     "bench": "Measure speed, size and start-up against the peers.",
+    "bundles": "List the installed bundles and which version runs.",
     "compare": "Compare levels with plain diffusers: speed, size, pictures.",
     "compile": "Make a bundle from a model.",
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
+    "install": "Install a signed bundle from a folder, a share or a server.",
     "models": "List the models on this machine and their bundles.",
+    "pack": "Pack a bundle for other machines, signed.",
     "profiles": "List the machines and cards that kiln knows.",
     "pull": "Download what kiln uses of a hub model.",
+    "rollback": "Go back to the version of a bundle that ran before.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

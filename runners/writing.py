@@ -1,0 +1,86 @@
+"""Files of a bundle, written while they are hashed: wrong bytes never get a final name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from profiles.errors import BundleError
+from runners.fetching import CHUNK
+from runners.files import opened
+from runners.manifest import FileEntry
+
+__all__ = ["hash_and_link", "write_verified"]
+
+
+def write_verified(
+    target: Path, entry: FileEntry, stream: Callable[[int], Iterator[bytes]], *, name: str
+) -> int:
+    """Write `target` from `stream(start)`, flushed to the disk; how many bytes were taken from it.
+
+    What `target` holds already of an earlier try is kept if the whole then has the right digest,
+    and fetched again if it hasn't. Raises BundleError, and removes it, where the bytes are wrong.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kept = target.stat().st_size if target.exists() else 0
+    if kept > entry.size:
+        target.unlink()
+        kept = 0
+    if _write(target, kept, stream(kept), entry.size) == entry.sha256:
+        return entry.size - kept
+    target.unlink()
+    if kept and _write(target, 0, stream(0), entry.size) == entry.sha256:
+        return entry.size
+    target.unlink(missing_ok=True)
+    raise BundleError(f"{name} has other bytes than were signed: it is damaged; pack it again.")
+
+
+def _write(target: Path, kept: int, chunks: Iterator[bytes], size: int) -> str:
+    """Append `chunks` after `kept` bytes; the digest of the whole file.
+
+    Hashing runs beside reading and writing: both leave Python's lock.
+    """
+    digest = hashlib.sha256()
+    with target.open("r+b" if kept else "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        for piece in iter(lambda: file.read(CHUNK) if kept else b"", b""):
+            digest.update(piece)
+        hashed: Future[None] | None = None
+        for chunk in chunks:
+            if hashed is not None:
+                hashed.result()
+            hashed = pool.submit(digest.update, chunk)
+            _write_all(file.fileno(), chunk)
+        if hashed is not None:
+            hashed.result()
+        os.fsync(file.fileno())
+        return digest.hexdigest() if file.tell() == size else ""
+
+
+def _write_all(descriptor: int, chunk: bytes) -> None:
+    left = memoryview(chunk)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def hash_and_link(folder: Path, name: str, target: Path, entry: FileEntry) -> bool:
+    """Give the file `name` below `folder` the name `target` too, if its bytes are the entry's.
+
+    A hard link where the disk has them: versions then share unchanged weights. The file that was
+    hashed is the one that is linked, else nothing is.
+    """
+    with suppress(OSError, BundleError), opened(folder, name) as descriptor:
+        digest = hashlib.sha256()
+        while piece := os.read(descriptor, CHUNK):
+            digest.update(piece)
+        if digest.hexdigest() != entry.sha256:
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(folder / name, target, follow_symlinks=False)
+        if os.path.samestat(target.lstat(), os.fstat(descriptor)):
+            return True
+        target.unlink()
+    return False

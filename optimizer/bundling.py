@@ -19,7 +19,6 @@ from optimizer.plan import Job, Plan
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
 from profiles.hardware import Hardware
-from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line, read_manifest
 from runners.manifest import (
     SCHEMA,
     ComponentEntry,
@@ -28,6 +27,14 @@ from runners.manifest import (
     ModelEntry,
     Speed,
 )
+from runners.manifest_file import (
+    DIGEST_NAME,
+    MANIFEST_NAME,
+    digest_line,
+    parse_manifest,
+    read_raw,
+)
+from runners.mark import is_marked, local_key, mark_bundle
 from runners.outputs import require_writable
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
@@ -48,15 +55,17 @@ class Made:
 
 
 def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
-    """The manifest of the bundle at `out` if it has this key and all its files are right.
+    """The manifest of the bundle at `out` if it was made here with this key, all its files right.
 
     Raises BundleError for a damaged file, unless `force` says that it may be replaced.
     """
     try:
-        manifest = read_manifest(out)
+        found = read_raw(out)
+        manifest = parse_manifest(found.raw, out)
+        made_here = is_marked(found)
     except KilnError:
         return None
-    if manifest.key != key:
+    if manifest.key != key or not made_here:
         return None
     for name, entry in manifest.files.items():
         path = out / name
@@ -81,6 +90,7 @@ def check_target(out: Path, *, force: bool) -> None:
                 f"-o {out} holds another bundle: add --force to replace it, or give another folder."
             )
     require_writable(out)
+    local_key()  # which the bundle will be marked with: better no key now than in an hour
 
 
 def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
@@ -95,6 +105,7 @@ def assemble(plan: Plan, made: Made, out: Path) -> Manifest:
         raw = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
         (folder / MANIFEST_NAME).write_bytes(raw)
         (folder / DIGEST_NAME).write_bytes(digest_line(raw))
+        mark_bundle(folder)
         _swap(folder, out)
     return manifest
 

@@ -1,29 +1,46 @@
-"""A bundle on disk: opened only after every byte that its manifest names has been verified."""
+"""A bundle on disk: opened only after its origin and every byte that it names have been verified.
+
+The order is fixed: the signature, size-capped and strictly parsed; whether it, or the local mark,
+makes the manifest's bytes ones to trust; the manifest, strictly parsed; whether the caller can run
+what it describes; then the files, each opened without following a link, hashed, and kept.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import ValidationError
-
-from profiles.errors import BundleError, SpecError, UnsupportedError
+from profiles.errors import BundleError, UntrustedError
 from runners.engines.base import Buffer
-from runners.manifest import SCHEMA, FileEntry, Manifest
+from runners.files import verified_buffer
+from runners.manifest import Manifest
+from runners.manifest_file import (
+    DIGEST_NAME,
+    MANIFEST_NAME,
+    RawManifest,
+    bundle_digests,
+    digest_line,
+    parse_manifest,
+    read_manifest,
+    read_raw,
+)
+from runners.mark import is_marked
+from runners.signing import Signed, check_signature, read_signature, require_digests
+from runners.strict_json import strict_json
+from runners.trust import Trust, load_trust
 
-__all__ = ["DIGEST_NAME", "MANIFEST_NAME", "Bundle", "digest_line", "open_bundle", "read_manifest"]
-
-MANIFEST_NAME = "manifest.json"
-DIGEST_NAME = "manifest.sha256"
-
-_MANIFEST_LIMIT = 64 << 20
-_CHUNK = 1 << 24
+__all__ = [
+    "DIGEST_NAME",
+    "MANIFEST_NAME",
+    "Bundle",
+    "digest_line",
+    "open_bundle",
+    "read_manifest",
+    "signed_manifest",
+    "trusted_manifest",
+]
 
 
 class Bundle:
@@ -33,6 +50,13 @@ class Bundle:
         """Use `open_bundle` instead, which verifies."""
         self.path, self.manifest = path, manifest
         self._buffers: dict[str, Buffer] = {}
+        self._code = {
+            name
+            for entry in manifest.components
+            if entry.capabilities is not None
+            for name in entry.files.values()
+        }
+        """Files that a card's driver would execute."""
 
     def verify(self) -> None:
         """Hash every file; BundleError names the first that isn't what the manifest says."""
@@ -40,13 +64,15 @@ class Bundle:
             self.file(name)
 
     def file(self, name: str) -> Buffer:
-        """The bytes of one file: mapped, hashed, and the same mapping given out every time."""
+        """The bytes of one file: hashed, and the same buffer given out every time."""
         if name not in self._buffers:
-            self._buffers[name] = _verified(self.path, name, self.manifest.files[name])
+            self._buffers[name] = verified_buffer(
+                self.path, name, self.manifest.files[name], private=name in self._code
+            )
         return self._buffers[name]
 
     def release(self) -> None:
-        """Drop the mappings; the engines that use one keep theirs."""
+        """Drop the buffers; the engines that use one keep theirs."""
         self._buffers.clear()
 
     @contextmanager
@@ -65,107 +91,63 @@ class Bundle:
 
     def json(self, name: str) -> dict[str, object]:
         """A verified JSON file as a dict."""
-        document = json.loads(bytes(self.file(name)))
+        try:
+            document = strict_json(bytes(self.file(name)))
+        except ValueError as error:
+            raise BundleError(f"{name} in {self.path} isn't valid JSON: {error}.") from error
         if not isinstance(document, dict):
             raise BundleError(f"{name} in {self.path} should hold a JSON object.")
         return document
 
 
-def open_bundle(path: str | Path) -> Bundle:
-    """The bundle at `path`, all its files verified.
+def open_bundle(
+    path: str | Path,
+    *,
+    trust: Trust | None = None,
+    check: Callable[[Manifest], None] | None = None,
+) -> Bundle:
+    """The bundle at `path`, its origin and all its files verified.
 
-    Raises SpecError where there is no bundle, BundleError for wrong bytes, UnsupportedError for a
-    newer schema.
+    `trust` (default: the user's own) says whose signatures count; `check` sees the manifest, and
+    raises where the bundle can't run here, before any other file is opened. Raises SpecError where
+    there is no bundle, UntrustedError where nobody trusted has signed it and it wasn't compiled
+    here, BundleError for wrong bytes, UnsupportedError for a newer schema.
     """
-    bundle = Bundle(Path(path), read_manifest(path))
+    manifest = trusted_manifest(path, trust=trust)
+    if check is not None:
+        check(manifest)
+    bundle = Bundle(Path(path), manifest)
     bundle.verify()
     return bundle
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest at `path`, verified against manifest.sha256; no other file is read."""
-    folder = Path(path)
-    if not folder.is_dir() or not (folder / MANIFEST_NAME).is_file():
-        raise SpecError(
-            f"{path} is not a bundle (it has no {MANIFEST_NAME}): make one with "
-            f"`kiln compile MODEL -o {path}`."
-        )
-    if (folder / MANIFEST_NAME).stat().st_size > _MANIFEST_LIMIT:
-        raise BundleError(f"{MANIFEST_NAME} of {path} is larger than any manifest: refused.")
-    raw = (folder / MANIFEST_NAME).read_bytes()
-    recorded = b""
-    with contextlib.suppress(OSError):
-        recorded = (folder / DIGEST_NAME).read_bytes()
-    if recorded != digest_line(raw):
-        raise BundleError(
-            f"{MANIFEST_NAME} of {path} doesn't match {DIGEST_NAME}: the bundle is damaged; "
-            "copy or compile it again."
-        )
-    return _parsed(raw, folder)
+def trusted_manifest(path: str | Path, *, trust: Trust | None = None) -> Manifest:
+    """The manifest at `path`, signed by a key of `trust` or marked here; no other file is read.
 
-
-def digest_line(raw: bytes) -> bytes:
-    """What manifest.sha256 holds, as `sha256sum` writes it."""
-    return f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST_NAME}\n".encode()
-
-
-def _parsed(raw: bytes, folder: Path) -> Manifest:
+    Raises as `open_bundle`. A mark makes up for a signature that isn't trusted, never for one that
+    is damaged.
+    """
+    found = read_raw(path)
     try:
-        document = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
-        raise BundleError(f"{MANIFEST_NAME} of {folder} isn't valid JSON: {error}.") from error
-    schema = document.get("schema_version") if isinstance(document, Mapping) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise UnsupportedError(
-            f"{folder} was written in schema {schema} and this kiln reads up to {SCHEMA}: "
-            "upgrade with `pip install -U kiln-diffusion`."
-        )
-    try:
-        return Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(
-            f"{MANIFEST_NAME} of {folder} is wrong at {where or 'the top'}: {first['msg']}; "
-            "compile the bundle again."
-        ) from error
+        return _signed(found, load_trust(None) if trust is None else trust)[1]
+    except UntrustedError:
+        if not is_marked(found):
+            raise
+    return parse_manifest(found.raw, path)
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+def signed_manifest(path: str | Path, trust: Trust) -> tuple[str, Manifest]:
+    """The id of the trusted key and the manifest that it has signed; raises as `open_bundle`."""
+    signed, manifest = _signed(read_raw(path), trust)
+    return signed.key.id, manifest
 
 
-def _verified(folder: Path, name: str, entry: FileEntry) -> Buffer:
-    """The bytes of `name` below `folder`; BundleError unless they are the manifest's."""
-    path = folder
-    for part in name.split("/"):
-        path = path / part
-        if path.is_symlink():
-            raise BundleError(f"{name} in {folder} is a link: a bundle holds plain files only.")
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            buffer: Buffer = (
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
-            )  # private and writable, as OpenVINO wants; nobody writes to it
-    except OSError as error:
-        raise BundleError(
-            f"{name} in {folder} can't be read ({error.strerror}): copy or compile it again."
-        ) from error
-    if len(buffer) != entry.size or _sha256(buffer) != entry.sha256:
-        raise BundleError(
-            f"{name} in {folder} isn't what the manifest says (digest differs): the bundle is "
-            "damaged; copy or compile it again."
-        )
-    return buffer
-
-
-def _sha256(buffer: Buffer) -> str:
-    digest = hashlib.sha256()
-    view = memoryview(buffer)
-    for start in range(0, len(view), _CHUNK):
-        digest.update(view[start : start + _CHUNK])
-    return digest.hexdigest()
+def _signed(found: RawManifest, trust: Trust) -> tuple[Signed, Manifest]:
+    """Signature, then manifest: nothing is parsed that isn't the signed bytes."""
+    signed = check_signature(read_signature(found.folder), trust)
+    own = found.digests
+    require_digests(Signed(signed.key, {name: signed.digests.get(name, "") for name in own}), own)
+    manifest = parse_manifest(found.raw, found.folder)
+    require_digests(signed, bundle_digests(found, manifest))
+    signed.key.require_name(manifest.model.name)
+    return signed, manifest

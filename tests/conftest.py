@@ -58,6 +58,17 @@ def store_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def config_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The session's config folder, never the user's, shared as the store is."""
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp().parent / "config" if shared else None
+    root = base or tmp_path_factory.mktemp("config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILN_CONFIG", str(root))
+        yield root
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion folder; not to be changed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line
 from runners.manifest import SCHEMA, ComponentEntry, FileEntry, Manifest, ModelEntry
+from runners.mark import mark_bundle
 from runners.signature import Signature
 
 __all__ = ["toy_bundle"]
@@ -24,7 +25,7 @@ _ROLES = {
 def toy_bundle(folder: Path, *, size: int = 1000, seed: int = 0, **fields: Any) -> Path:
     """Write a bundle that `open_bundle` accepts; `size` bytes an engine, `fields` of the manifest.
 
-    Another seed gives other bytes in the denoiser's engine only.
+    It carries this machine's local mark: remove `local.mark` for one that came from elsewhere. Another seed gives other bytes in the denoiser's engine only.
     """
     files = {f"{name}/component.json": b"{}" for name in _ROLES}
     for name in _ROLES:
@@ -65,6 +66,7 @@ def toy_bundle(folder: Path, *, size: int = 1000, seed: int = 0, **fields: Any) 
     raw = json.dumps(manifest.model_dump(mode="json")).encode()
     (folder / MANIFEST_NAME).write_bytes(raw)
     (folder / DIGEST_NAME).write_bytes(digest_line(raw))
+    mark_bundle(folder)
     return folder
 
 

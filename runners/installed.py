@@ -128,9 +128,7 @@ def _promoted(pointer: Pointer, version: str) -> Pointer:
     before = [*(one for one in pointer.before if one != version), pointer.current]
     if version == pointer.current:
         before.pop()
-    return pointer.model_copy(
-        update={"current": version, "waiting": None, "before": tuple(before)}
-    )
+    return pointer.model_copy(update={"current": version, "waiting": None, "before": tuple(before)})
 
 
 def _write(root: Path, name: str, pointer: Pointer) -> None:
@@ -145,9 +143,7 @@ def add_version(root: Path, name: str, version: str, record: Installed) -> Point
         pointer = Pointer(current=version, installed={version: record})
     pointer = pointer.model_copy(update={"installed": {**pointer.installed, version: record}})
     path = root / name / version
-    if pointer.current != version and not _may_run(root / name / pointer.current):
-        pointer = _promoted(pointer, version)
-    elif selftest_passed(path) or not _needs_selftest(read_manifest(path)):
+    if (pointer.current != version and not _may_run(root / name / pointer.current)) or selftest_passed(path) or not _needs_selftest(read_manifest(path)):
         pointer = _promoted(pointer, version)
     elif pointer.current != version:
         pointer = pointer.model_copy(update={"waiting": version})

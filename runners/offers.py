@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from profiles.errors import BundleError, SpecError, UntrustedError
 from profiles.target import parse_target

@@ -20,7 +20,9 @@ _FILE = click.Path(path_type=Path)
 @click.command("pack")
 @click.argument("bundle", type=_FILE)
 @click.option("-o", "--out", type=_FILE, required=True, help="Folder; may hold other bundles.")
-@click.option("--key", type=_FILE, metavar="NAME", help="Private key of `kiln keygen` to sign with.")
+@click.option(
+    "--key", type=_FILE, metavar="NAME", help="Private key of `kiln keygen` to sign with."
+)
 @click.option("--name", help="Name in OUT [default: the bundle's folder's]")
 @click.option(
     "--format",
@@ -59,7 +61,9 @@ def pack_command(
 
 @click.command("install")
 @click.argument("source", metavar="SRC")
-@click.option("--trust", type=_FILE, metavar="FILE", help="NAME.pub or a trust file [default: yours]")
+@click.option(
+    "--trust", type=_FILE, metavar="FILE", help="NAME.pub or a trust file [default: yours]"
+)
 @click.option("--only", metavar="TARGET", help="Of several: a name, a card, sm89 or cpu.")
 @click.option("--to", type=_FILE, help="Folder for bundles [default: $KILN_BUNDLES or your data's]")
 @click.option("--name", help="Install under this name [default: the packed one]")

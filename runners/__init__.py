@@ -11,8 +11,14 @@ from typing import Any
 __all__ = ["load"]
 
 
-def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None = None) -> Any:
+def load(
+    bundle: str | Path,
+    *,
+    task: str = "text-to-image",
+    threads: int | None = None,
+    trust: str | Path | None = None,
+) -> Any:
     """The diffusers pipeline of `task`, running on `bundle`'s engines; see runners.pipeline."""
     from runners.pipeline import load as load_pipeline
 
-    return load_pipeline(bundle, task=task, threads=threads)
+    return load_pipeline(bundle, task=task, threads=threads, trust=trust)

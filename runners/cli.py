@@ -27,11 +27,14 @@ COMMANDS: dict[str, str] = {
     "generate": "runners.generate:generate",
     "inspect": "runners.inspect:inspect_command",
     "install": "runners.shipping:install_command",
+    "keygen": "runners.keygen:keygen_command",
     "models": "optimizer.models:models_command",
     "pack": "runners.shipping:pack_command",
     "profiles": "runners.profiles:profiles_command",
     "pull": "optimizer.pull:pull_command",
     "rollback": "runners.shipping:rollback_command",
+    "trust": "runners.trusting:trust_command",
+    "verify": "runners.verify:verify_command",
 }
 """Command -> module:attribute."""
 
@@ -44,11 +47,14 @@ _LINES = {
     "generate": "Make pictures with a bundle.",
     "inspect": "Show what is inside a bundle.",
     "install": "Install a signed bundle from a folder, a share or a server.",
+    "keygen": "Make a pair of keys to sign bundles with.",
     "models": "List the models on this machine and their bundles.",
     "pack": "Pack a bundle for other machines, signed.",
     "profiles": "List the machines and cards that kiln knows.",
     "pull": "Download what kiln uses of a hub model.",
     "rollback": "Go back to the version of a bundle that ran before.",
+    "trust": "Say whose signed bundles may run here.",
+    "verify": "Check a bundle against its signature.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
 

@@ -48,6 +48,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle", type=_FILE)
 @_options
 @click.option("--threads", type=int, help="CPU threads [default: the physical cores]")
+@click.option("--trust", type=_FILE, help="NAME.pub or trust file [default: `kiln trust ls`]")
 @click.option("-o", "--out", type=_FILE, required=True, help="PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries print.")
@@ -68,6 +69,7 @@ def generate(
     outpaint: str | None,
     clip_skip: int | None,
     threads: int | None,
+    trust: Path | None,
     out: Path,
     as_json: bool,  # noqa: FBT001
     verbose: bool,  # noqa: FBT001
@@ -97,22 +99,33 @@ def generate(
         raise SpecError(f"--threads {threads} is not possible: use 1 or more.")
     check_request(request)
     names = _names(out, count)
-    _draw(bundle, request, names, threads, Console(json_output=as_json, verbose=verbose))
+    console = Console(json_output=as_json, verbose=verbose)
+    drawing, pipeline = _loaded(bundle, request, trust, threads, console)
+    _draw(pipeline, request, drawing, names, console)
 
 
-def _draw(
-    bundle: Path, request: Request, names: list[Path], threads: int | None, console: Console
-) -> None:
-    """Load the bundle, draw and save; every file is read, and refused, before the bundle loads."""
-    from runners import metadata
-    from runners.bundle import read_manifest
+def _loaded(
+    bundle: Path, request: Request, trust: Path | None, threads: int | None, console: Console
+) -> tuple[Any, Any]:
+    """What is to be drawn and the pipeline; every picture is read before the bundle loads."""
+    from runners.bundle import trusted_manifest
     from runners.drawing import drawing_of
+    from runners.trust import load_trust
 
-    drawing = drawing_of(request, read_manifest(bundle))
+    drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
     with console.stage(f"Load {bundle}"):
         from runners.pipeline import load
 
-        pipeline = load(bundle, task=request.task, threads=threads)
+        pipeline = load(bundle, task=request.task, threads=threads, trust=trust)
+    return drawing, pipeline
+
+
+def _draw(
+    pipeline: Any, request: Request, drawing: Any, names: list[Path], console: Console
+) -> None:
+    """Draw and save, each picture as it is finished, and release the engines."""
+    from runners import metadata
+
     start = time.monotonic()
     saved: list[dict[str, Any]] = []
     try:

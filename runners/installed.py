@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from profiles.errors import BundleError, KilnError, MissingError, SpecError
 from runners.bundle import Bundle
-from runners.manifest import Manifest
 from runners.manifest_file import MANIFEST_NAME, read_manifest
 from runners.paths import plain_path
 from runners.private import write_flushed
@@ -142,8 +141,9 @@ def add_version(root: Path, name: str, version: str, record: Installed) -> Point
     except (MissingError, BundleError):
         pointer = Pointer(current=version, installed={version: record})
     pointer = pointer.model_copy(update={"installed": {**pointer.installed, version: record}})
-    path = root / name / version
-    if (pointer.current != version and not _may_run(root / name / pointer.current)) or selftest_passed(path) or not _needs_selftest(read_manifest(path)):
+    path, current = root / name / version, root / name / pointer.current
+    needs = any(entry.selftest is not None for entry in read_manifest(path).components)
+    if not needs or selftest_passed(path) or not _may_run(current):
         pointer = _promoted(pointer, version)
     elif pointer.current != version:
         pointer = pointer.model_copy(update={"waiting": version})
@@ -154,10 +154,6 @@ def add_version(root: Path, name: str, version: str, record: Installed) -> Point
 def _may_run(path: Path) -> bool:
     """Whether a version is there and hasn't failed its self-test."""
     return (path / MANIFEST_NAME).is_file() and selftest_passed(path) is not False
-
-
-def _needs_selftest(manifest: Manifest) -> bool:
-    return any(entry.selftest is not None for entry in manifest.components)
 
 
 def selftest_passed(path: Path) -> bool | None:

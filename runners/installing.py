@@ -1,4 +1,4 @@
-"""Install a bundle: lists, signature, disk, then every file hashed while it is written, then a rename.
+"""Install a bundle: lists, signature, disk, every file hashed while it is written, then a rename.
 
 What is under the final name is whole and verified; work in progress lies in a private folder beside
 it, which a later try takes over. Files that an installed version has already aren't fetched.

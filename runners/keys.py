@@ -27,8 +27,8 @@ __all__ = [
     "read_key_file",
 ]
 
-_LIMIT = 1 << 16
-"""Bytes of a key's file; a P-256 key has about 240."""
+_LIMIT = 1 << 20
+"""Bytes of a key's file (a P-256 key has about 240) or of a trust file (about 500 a key)."""
 
 
 def make_keys(out: Path) -> str:
@@ -94,7 +94,7 @@ def read_key_file(path: Path) -> bytes:
             f"{path} can't be read ({error.strerror}): give an existing file."
         ) from error
     if len(raw) > _LIMIT:
-        raise SpecError(f"{path} is larger than any key (over {_LIMIT} bytes): give a key's file.")
+        raise SpecError(f"{path} has over {_LIMIT} bytes, more than any key: give a key's file.")
     return raw
 
 

@@ -1,8 +1,8 @@
 """Pack a bundle for other machines: an OCI image layout that registry tools push, or a folder.
 
-A packed bundle is the same bytes whenever and wherever it is packed. Files are copied in chunks and
-hashed on the way, by reference where the disk can (Btrfs, XFS): never by hard link, because who
-changes a bundle in place would change what was packed.
+A packed bundle is the same bytes whenever and wherever it is packed. Files are streamed and hashed
+on the way, never linked: who changes a bundle in place would change what was packed. One process at
+a time may pack into one folder.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Contents:
 
 
 def _contents(bundle: Path, key: Path | None) -> _Contents:
-    """The bundle's list of files, signed anew with `key`; without one, its own signature goes on."""
+    """The bundle's files, signed anew with `key`; without one, its own signature goes along."""
     found = read_raw(bundle)
     manifest = parse_manifest(found.raw, bundle)
     small = {MANIFEST_NAME: found.raw, DIGEST_NAME: digest_line(found.raw)}

@@ -21,8 +21,9 @@ from runners.bundle import Bundle, open_bundle
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
-from runners.manifest import ComponentEntry
+from runners.manifest import ComponentEntry, Manifest
 from runners.selftest import require_selftest
+from runners.trust import load_trust
 
 __all__ = [
     "TASKS",
@@ -102,14 +103,23 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None = None) -> Any:
+def load(
+    bundle: str | Path,
+    *,
+    task: str = "text-to-image",
+    threads: int | None = None,
+    trust: str | Path | None = None,
+) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
-    `threads` is the number of CPU threads (default: the physical cores). The pipeline is the
-    plain diffusers class; `pipe.kiln` is the loaded bundle. Raises BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task.
+    `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
+    trust file (default: the user's own) that says whose bundles may run beside those compiled on
+    this machine. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
+    Raises UntrustedError where nobody trusted has signed the bundle, BundleError when a byte is
+    wrong, SpecError for a path that is no bundle or an unknown task, DeviceMismatch where an
+    engine's card isn't here.
     """
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, trust=load_trust(trust), check=_require_card)
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
         raise BundleError(
@@ -124,15 +134,15 @@ def load(bundle: str | Path, *, task: str = "text-to-image", threads: int | None
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
     if any(entry.capabilities is not None for entry in opened.manifest.components):
-        _require_card(opened)
         pipeline.to("cuda")
     return pipeline
 
 
-def _require_card(bundle: Bundle) -> None:
-    """Raise DeviceMismatch before anything is loaded where an engine's card isn't here."""
-    for entry in bundle.manifest.components:
-        engine_class(entry.backend).require_here(entry.properties)
+def _require_card(manifest: Manifest) -> None:
+    """Raise DeviceMismatch before an engine's file is opened where its card isn't here."""
+    for entry in manifest.components:
+        if entry.capabilities is not None:
+            engine_class(entry.backend).require_here(entry.properties)
 
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:

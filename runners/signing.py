@@ -69,7 +69,7 @@ def sign_bundle(folder: str | Path, key_path: str | Path) -> None:
         check_file(found.folder, name, entry)
     fresh = found.folder / f".{SIGNATURE_NAME}.{secrets.token_hex(8)}"
     try:
-        fresh.write_bytes(sign_files(digests, key, name=found.folder.resolve().name))
+        fresh.write_bytes(sign_files(digests, key, name=manifest.model.name))
         fresh.replace(found.folder / SIGNATURE_NAME)
     finally:
         fresh.unlink(missing_ok=True)
@@ -80,7 +80,8 @@ def sign_files(
 ) -> bytes:
     """The signature of `key` over files: path -> sha256 in hex. `name` is informative only."""
     payload = dsse.statement(digests, name=name, ignored=BESIDE)
-    signature = key.sign(dsse.pae(payload), _ALGORITHM)
+    same = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)  # RFC 6979: equal packed bytes
+    signature = key.sign(dsse.pae(payload), same)
     return dsse.encode(dsse.Envelope(payload, signature, hint_of(key.public_key())))
 
 

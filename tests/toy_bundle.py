@@ -25,7 +25,8 @@ _ROLES = {
 def toy_bundle(folder: Path, *, size: int = 1000, seed: int = 0, **fields: Any) -> Path:
     """Write a bundle that `open_bundle` accepts; `size` bytes an engine, `fields` of the manifest.
 
-    It carries this machine's local mark: remove `local.mark` for one that came from elsewhere. Another seed gives other bytes in the denoiser's engine only.
+    It carries this machine's local mark: remove `local.mark` for one that came from elsewhere.
+    Another seed gives other bytes in the denoiser's engine only.
     """
     files = {f"{name}/component.json": b"{}" for name in _ROLES}
     for name in _ROLES:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from runners.bundle import digest_line
+from runners.mark import mark_bundle
 from runners.metadata import parameters_text, read_metadata
 
 MakeBundle = Callable[..., Path]
@@ -99,6 +100,7 @@ def test_where_the_native_size_was_not_compiled_the_nearest_is_drawn(
     raw = json.dumps({**document, "native_size": 1001}).encode()
     (copy / "manifest.json").write_bytes(raw)
     (copy / "manifest.sha256").write_bytes(digest_line(raw))
+    mark_bundle(copy)
     out = tmp_path / "a.png"
     assert kiln("generate", copy, "--prompt", "a red circle", *FAST, "-o", out).code == 0
     assert read_metadata(out)["width"] == 128

@@ -9,12 +9,14 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from profiles.errors import BundleError, SpecError, UntrustedError
 from profiles.target import parse_target
 from runners import oci
 from runners.dsse import SIGNATURE_LIMIT
 from runners.fetching import FolderPlace, Place, place_of
+from runners.files import check_file
 from runners.manifest import FileEntry, Manifest
 from runners.manifest_file import (
     BESIDE,
@@ -28,7 +30,16 @@ from runners.paths import plain_path, require_distinct
 from runners.signing import verify_signature
 from runners.trust import Trust
 
-__all__ = ["Listed", "Offer", "Verified", "check_files", "listed", "offer_of", "verified"]
+__all__ = [
+    "Listed",
+    "Offer",
+    "Verified",
+    "is_layout",
+    "listed",
+    "offer_of",
+    "verified",
+    "verified_layout",
+]
 
 _SMALL = {MANIFEST_NAME: 64 << 20, DIGEST_NAME: 1024, SIGNATURE_NAME: SIGNATURE_LIMIT}
 """Files that are read before anything is verified -> their most bytes."""
@@ -230,14 +241,23 @@ def _read(offer: Offer, name: str) -> bytes:
     return raw
 
 
-def check_files(found: Verified) -> None:
-    """Hash every file where it lies; BundleError names the first with wrong bytes."""
-    for name, entry in found.offer.files.items():
-        digest = hashlib.sha256()
-        for chunk in found.offer.place.stream(found.offer.where[name], 0, entry.size):
-            digest.update(chunk)
-        if digest.hexdigest() != entry.sha256:
-            raise BundleError(
-                f"{name} of {found.offer.name} in {found.offer.place.text} isn't what was signed: "
-                "it is damaged; pack it again."
-            )
+def is_layout(folder: Path) -> bool:
+    """Whether a folder is what `kiln pack` wrote, and not one bundle's own."""
+    return (folder / oci.INDEX_NAME).is_file() and not (folder / MANIFEST_NAME).exists()
+
+
+def verified_layout(folder: Path, trust: Trust) -> list[Verified]:
+    """Every bundle of a packed folder, all its files hashed.
+
+    Raises SpecError where there is none, UntrustedError and BundleError for the first wrong one.
+    """
+    found = [verified(one.read(), trust) for one in listed(FolderPlace(folder))]
+    if not found:
+        raise SpecError(f"{folder} holds no bundle: pack one with `kiln pack BUNDLE -o {folder}`.")
+    hashed: set[str] = set()
+    for one in found:
+        for name, entry in one.offer.files.items():
+            if entry.sha256 not in hashed:
+                check_file(folder, one.offer.where[name], entry)
+                hashed.add(entry.sha256)
+    return found

@@ -21,6 +21,7 @@ from runners.bundle import Bundle, open_bundle
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
+from runners.installed import located
 from runners.manifest import ComponentEntry, Manifest
 from runners.selftest import require_selftest
 from runners.trust import load_trust
@@ -119,7 +120,7 @@ def load(
     wrong, SpecError for a path that is no bundle or an unknown task, DeviceMismatch where an
     engine's card isn't here.
     """
-    opened = open_bundle(bundle, trust=load_trust(trust), check=_require_card)
+    opened = open_bundle(located(Path(bundle)), trust=load_trust(trust), check=_require_card)
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
         raise BundleError(

@@ -53,7 +53,7 @@ class FolderPlace(Place):
         """Read it, if it is a plain file and small."""
         raw = read_optional(self.root, name, limit=limit)
         if raw is None:
-            raise SpecError(f"{self.root} has no {name}: copy or pack it again.")
+            raise BundleError(f"{self.root} has no {name}, which it lists: copy or pack it again.")
         return raw
 
     def stream(self, name: str, start: int, size: int) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from profiles.errors import BundleError, DiskFullError, PartialError, UnsupportedError
+from profiles.errors import BundleError, DiskFullError, PartialError, SpecError, UnsupportedError
 from profiles.hardware import free_disk_bytes
 from profiles.target import parse_target
 from runners.console import Console, Stage
@@ -70,6 +70,10 @@ def install(request: Request, trust: Trust, console: Console) -> Result:
     """
     offer = offer_of(request.source, request.only)
     name = require_name(request.name or offer.name)
+    if (request.root / name).is_symlink():
+        raise SpecError(
+            f"{request.root / name} is a link, which isn't followed: remove it, or give --name."
+        )
     found = verified(offer, trust)
     _require_target(found, request.only)
     result = Result(

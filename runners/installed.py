@@ -157,11 +157,12 @@ def _may_run(path: Path) -> bool:
 
 
 def selftest_passed(path: Path) -> bool | None:
-    """What the result file of the bundle at `path` says; None where there is none of its bytes.
+    """What the self-test's result says of the bundle at `path`; None where it says nothing.
 
-    The file is that of runners.selftest: passed are all components that need a self-test.
+    The file is that of runners.selftest, and has to be of these very bytes: True where every
+    component that needs a self-test is among the `passed`, False where one is among the `failed`.
     """
-    from runners.selftest import result_paths
+    from runners.selftest import result_paths, state_of
 
     try:
         bundle = Bundle(path, read_manifest(path))
@@ -169,9 +170,13 @@ def selftest_passed(path: Path) -> bool | None:
         return None
     needed = {entry.name for entry in bundle.manifest.components if entry.selftest is not None}
     for file in result_paths(bundle):
-        with suppress(OSError, ValueError, AttributeError):
-            passed = json.loads(file.read_text("utf-8"))["passed"]
-            done = {str(key).partition(" on ")[0] for key in passed}
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            document = json.loads(file.read_text("utf-8"))
+            if document["bundle"] != state_of(bundle):
+                continue
+            if document.get("failed"):
+                return False
+            done = {str(key).partition(" on ")[0] for key in document["passed"]}
             return needed <= done or None
     return None
 

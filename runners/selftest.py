@@ -22,7 +22,7 @@ from runners.bundle import Bundle
 from runners.engines.base import Array, Engine
 from runners.manifest import ComponentEntry
 
-__all__ = ["check_calls", "require_selftest", "result_paths"]
+__all__ = ["check_calls", "require_selftest", "result_paths", "state_of"]
 
 
 def require_selftest(bundle: Bundle, entry: ComponentEntry, engine: Engine, machine: str) -> None:
@@ -89,7 +89,7 @@ def result_paths(bundle: Bundle) -> tuple[Path, Path]:
     )
 
 
-def _state(bundle: Bundle) -> str:
+def state_of(bundle: Bundle) -> str:
     """What a result is of: another build under the same name has to pass again."""
     files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -101,14 +101,14 @@ def _results(bundle: Bundle) -> dict[str, Any]:
             document = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(document, dict) and document.get("bundle") == _state(bundle):
+        if isinstance(document, dict) and document.get("bundle") == state_of(bundle):
             passed = document.get("passed")
             return passed if isinstance(passed, dict) else {}
     return {}
 
 
 def _write(bundle: Bundle, passed: dict[str, Any]) -> None:
-    text = json.dumps({"bundle": _state(bundle), "passed": passed}, indent=1)
+    text = json.dumps({"bundle": state_of(bundle), "passed": passed}, indent=1)
     for path in result_paths(bundle):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

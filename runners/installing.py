@@ -17,6 +17,7 @@ from profiles.errors import BundleError, DiskFullError, PartialError, SpecError,
 from profiles.hardware import free_disk_bytes
 from profiles.target import parse_target
 from runners.console import Console, Stage
+from runners.fetching import Chunk
 from runners.files import check_file
 from runners.installed import Installed, Pointer, add_version, files_by_digest, require_name
 from runners.manifest import FileEntry
@@ -144,7 +145,7 @@ def _file(
                 result.shared += entry.size
                 return
 
-    def stream(start: int) -> Iterator[bytes]:
+    def stream(start: int) -> Iterator[Chunk]:
         for chunk in found.offer.place.stream(found.offer.where[path], start, entry.size):
             stage.advance(len(chunk))
             yield chunk

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from profiles.errors import BundleError
-from runners.fetching import CHUNK
+from runners.fetching import CHUNK, Chunk
 from runners.files import opened
 from runners.manifest import FileEntry
 
@@ -18,7 +17,7 @@ __all__ = ["hash_and_link", "write_verified"]
 
 
 def write_verified(
-    target: Path, entry: FileEntry, stream: Callable[[int], Iterator[bytes]], *, name: str
+    target: Path, entry: FileEntry, stream: Callable[[int], Iterator[Chunk]], *, name: str
 ) -> int:
     """Write `target` from `stream(start)`, flushed to the disk; how many bytes were taken from it.
 
@@ -39,28 +38,20 @@ def write_verified(
     raise BundleError(f"{name} has other bytes than were signed: it is damaged; pack it again.")
 
 
-def _write(target: Path, kept: int, chunks: Iterator[bytes], size: int) -> str:
-    """Append `chunks` after `kept` bytes; the digest of the whole file.
-
-    Hashing runs beside reading and writing: both leave Python's lock.
-    """
+def _write(target: Path, kept: int, chunks: Iterator[Chunk], size: int) -> str:
+    """Append `chunks` after `kept` bytes; the digest of the whole file, "" for another size."""
     digest = hashlib.sha256()
-    with target.open("r+b" if kept else "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        for piece in iter(lambda: file.read(CHUNK) if kept else b"", b""):
+    with target.open("r+b" if kept else "wb", buffering=0) as file:
+        while kept and (piece := file.read(CHUNK)):
             digest.update(piece)
-        hashed: Future[None] | None = None
         for chunk in chunks:
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(digest.update, chunk)
+            digest.update(chunk)
             _write_all(file.fileno(), chunk)
-        if hashed is not None:
-            hashed.result()
         os.fsync(file.fileno())
         return digest.hexdigest() if file.tell() == size else ""
 
 
-def _write_all(descriptor: int, chunk: bytes) -> None:
+def _write_all(descriptor: int, chunk: Chunk) -> None:
     left = memoryview(chunk)
     while left:
         left = left[os.write(descriptor, left) :]

@@ -15,7 +15,8 @@ __all__ = ["config_folder", "write_private"]
 
 def config_folder() -> Path:
     """KILN_CONFIG, or the system's folder for kiln's settings; not made here."""
-    return Path(os.environ.get("KILN_CONFIG") or platformdirs.user_config_path("kiln"))
+    given = os.environ.get("KILN_CONFIG")
+    return Path(given).expanduser() if given else platformdirs.user_config_path("kiln")
 
 
 def write_private(path: Path, raw: bytes, *, replace: bool) -> bool:

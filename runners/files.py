@@ -23,7 +23,13 @@ MAPPED_FROM = 64 << 20
 """Bytes: smaller files are copied into private memory, larger ones mapped where that is safe."""
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | _NOFOLLOW
+_FLAGS = (
+    os.O_RDONLY
+    | _NOFOLLOW
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer
+)
 _WALKS = bool(_NOFOLLOW) and os.open in os.supports_dir_fd
 """Whether this system opens a path part by part from an open folder."""
 
@@ -124,7 +130,7 @@ def _walked(folder: Path, name: str) -> int:
             below = _at(here, part, _FLAGS | os.O_DIRECTORY, folder, name)
             os.close(here)
             here = below
-        return _at(here, last, _FLAGS | os.O_NONBLOCK, folder, name)  # a pipe would block
+        return _at(here, last, _FLAGS, folder, name)
     finally:
         os.close(here)
 

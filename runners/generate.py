@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+import runners
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
 from runners.outputs import require_writable
@@ -119,9 +120,7 @@ def _loaded(
     bundle = located(bundle)
     drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
     with console.stage(f"Load {bundle}"):
-        from runners.pipeline import load
-
-        pipeline = load(bundle, task=request.task, threads=threads, trust=trust)
+        pipeline = runners.load(bundle, task=request.task, threads=threads, trust=trust)
     return drawing, pipeline
 
 

@@ -17,14 +17,12 @@ import transformers
 
 from profiles.errors import BundleError, SpecError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
-from runners.bundle import Bundle, open_bundle
+from runners.bundle import Bundle
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
-from runners.installed import located
-from runners.manifest import ComponentEntry, Manifest
+from runners.manifest import ComponentEntry
 from runners.selftest import require_selftest
-from runners.trust import load_trust
 
 __all__ = [
     "TASKS",
@@ -104,28 +102,17 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(
-    bundle: str | Path,
-    *,
-    task: str = "text-to-image",
-    threads: int | None = None,
-    trust: str | Path | None = None,
-) -> Any:
-    """The diffusers pipeline of `task`, running on the engines of `bundle`.
+def load(opened: Bundle, *, task: str, threads: int | None) -> Any:
+    """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
-    `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
-    trust file (default: the user's own) that says whose bundles may run beside those compiled on
-    this machine. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
-    Raises UntrustedError where nobody trusted has signed the bundle, BundleError when a byte is
-    wrong, SpecError for a path that is no bundle or an unknown task, DeviceMismatch where an
-    engine's card isn't here.
+    See `runners.load`, which opens it. Raises BundleError for a pipeline that isn't known here,
+    SpecError for an unknown task, DeviceMismatch where an engine's card isn't here.
     """
-    opened = open_bundle(located(Path(bundle)), trust=load_trust(trust), check=_require_card)
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
         raise BundleError(
-            f"{bundle} names the pipeline {opened.manifest.model.pipeline_class}; this kiln runs "
-            f"{', '.join(TASKS)}."
+            f"{opened.path} names the pipeline {opened.manifest.model.pipeline_class}; this kiln "
+            f"runs {', '.join(TASKS)}."
         )
     if task not in tasks:
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}.")
@@ -135,15 +122,15 @@ def load(
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
     if any(entry.capabilities is not None for entry in opened.manifest.components):
+        _require_card(opened)
         pipeline.to("cuda")
     return pipeline
 
 
-def _require_card(manifest: Manifest) -> None:
-    """Raise DeviceMismatch before an engine's file is opened where its card isn't here."""
-    for entry in manifest.components:
-        if entry.capabilities is not None:
-            engine_class(entry.backend).require_here(entry.properties)
+def _require_card(bundle: Bundle) -> None:
+    """Raise DeviceMismatch before anything is loaded where an engine's card isn't here."""
+    for entry in bundle.manifest.components:
+        engine_class(entry.backend).require_here(entry.properties)
 
 
 def _assembled(cls: Any, loaded: LoadedBundle) -> Any:

@@ -79,6 +79,7 @@ def test_a_block_of_commands_works(folder: Path, block: Block) -> None:
         "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "KILN_CACHE": str(folder / "cache"),
+        "KILN_CONFIG": str(folder / "config"),
         "HF_HUB_OFFLINE": "1",
     }
     child = subprocess.run(

@@ -26,6 +26,7 @@ from runners.manifest import ComponentEntry
 from runners.modules import WRAPPERS, component_from_config
 from runners.pipeline import open_engine
 from runners.selftest import check_calls
+from runners.trust import load_trust
 
 __all__ = ["main"]
 
@@ -35,11 +36,12 @@ _ROUNDS, _WARM = 30, 5
 @click.command()
 @click.option("--section", type=click.Choice(["tensorrt"]), required=True)
 @click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option("--trust", type=click.Path(path_type=Path), help="NAME.pub of whoever signed it.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="JSON file.")
-def main(section: str, bundle: Path, out: Path) -> None:
+def main(section: str, bundle: Path, trust: Path | None, out: Path) -> None:
     """Run a section and merge what it found into OUT."""
     document = json.loads(out.read_text("utf-8")) if out.is_file() else {}
-    document[section] = {"conditions": _conditions(), **_tensorrt(bundle)}
+    document[section] = {"conditions": _conditions(), **_tensorrt(bundle, trust)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     print(json.dumps(document[section], indent=1))
@@ -58,9 +60,9 @@ def _conditions() -> dict[str, Any]:
     return found
 
 
-def _tensorrt(path: Path) -> dict[str, Any]:
+def _tensorrt(path: Path, trust: Path | None) -> dict[str, Any]:
     """Every engine of the bundle: does it load, are its numbers right, how fast is it."""
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, trust=load_trust(trust))
     rows = {}
     for entry in bundle.manifest.components:
         rows[entry.name] = _component(bundle, entry)

@@ -28,7 +28,8 @@ class Shop:
         self.folder = folder
         self.out, self.root = folder / "out", folder / "root"
         self.key, self.public = folder / "key", folder / "key.pub"
-        make_keys(self.key)
+        if not self.key.exists():
+            make_keys(self.key)
 
     @property
     def trust(self) -> Trust:

@@ -149,7 +149,7 @@ def test_an_address_without_a_bundle_is_wrong_input(
     shop: Shop, served: Served, status: int
 ) -> None:
     served.status = status
-    with pytest.raises(SpecError, match=f"has no index.json .HTTP {status}.: give the address"):
+    with pytest.raises(SpecError, match=rf"has no index\.json .HTTP {status}.: give the address"):
         shop.install(served.url)
 
 
@@ -179,5 +179,5 @@ def test_an_address_that_means_something_else_is_refused(shop: Shop, url: str) -
 
 
 def test_a_server_that_is_not_there_is_one_sentence(shop: Shop) -> None:
-    with pytest.raises(PartialError, match="can't be read .*refused"):
+    with pytest.raises(PartialError, match=r"can't be read .*refused"):
         shop.install("http://127.0.0.1:9/x")

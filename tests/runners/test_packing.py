@@ -147,11 +147,12 @@ def test_a_damaged_bundle_is_not_packed(shop: Shop, kind: str, spoil: str) -> No
     raw = path.read_bytes()
     new = {"flip": b"x" + raw[1:], "shorten": raw[:-1], "extend": raw + b"x"}.get(spoil)
     path.unlink() if new is None else path.write_bytes(new)
+    pack = {
+        "oci": lambda: shop.pack(bundle),
+        "folder": lambda: pack_folder(bundle, shop.out, Console(), key=shop.key),
+    }[kind]
     with pytest.raises(BundleError, match=r"unet/weights\.bin.*again"):
-        if kind == "oci":
-            shop.pack(bundle)
-        else:
-            pack_folder(bundle, shop.out, Console(), key=shop.key)
+        pack()
     assert not (shop.out / "index.json").exists()
     assert not list(shop.folder.rglob("*.kiln-part"))
 

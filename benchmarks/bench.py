@@ -258,7 +258,7 @@ def _install(_out: Path, console: Console) -> dict[str, Any]:
     """Packing and installing against a plain copy with hashing, on the disk of temporary files."""
     from benchmarks.shipping import measure
 
-    return measure(console, _watched, size=10**9, pack_size=2 * 10**9, rounds=5)
+    return measure(console, _watched, size=10**9, pack_size=2 * 10**9, rounds=9)
 
 
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {

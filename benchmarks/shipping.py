@@ -149,13 +149,14 @@ def _round(folder: Path) -> dict[str, float]:
         pack_folder(folder / "bundle", signed, quiet, key=folder / "key")
     request = Request(source=str(signed), root=folder / "root")
     trust = load_trust(folder / "key.pub")
-    return {
-        "copy": _timed(lambda: _copy(signed, folder / "copy", flush=None), folder / "copy"),
-        "install": _timed(lambda: install(request, trust, quiet), folder / "root"),
-        "flushed_copy": _timed(
-            lambda: _copy(signed, folder / "copy", flush=os.fsync), folder / "copy"
-        ),
-    }
+    copy = folder / "copy"
+    ways: list[tuple[str, Callable[[], object], Path]] = [
+        ("copy", lambda: _copy(signed, copy, flush=None), copy),
+        ("install", lambda: install(request, trust, quiet), request.root),
+        ("flushed_copy", lambda: _copy(signed, copy, flush=os.fsync), copy),
+    ]
+    random.shuffle(ways)  # what one leaves to the disk may hold up the next
+    return {name: _timed(work, leaves) for name, work, leaves in ways}
 
 
 def _timed(work: Callable[[], object], leaves: Path) -> float:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from profiles.errors import BundleError, SpecError
 from profiles.target import sm
@@ -218,7 +219,7 @@ def _add_to_index(
     built = manifest.component("denoiser").capabilities
     if built is not None:
         notes[oci.TARGETS_KEY] = ",".join(map(sm, built)) or "portable"
-    mine = {
+    mine: dict[str, Any] = {
         "mediaType": oci.MANIFEST_TYPE,
         "artifactType": oci.MODEL_TYPE,
         **descriptor,
@@ -230,7 +231,7 @@ def _add_to_index(
     write_flushed(out / oci.INDEX_NAME, oci.canonical(index))
 
 
-def _index(out: Path) -> list[dict[str, dict[str, str]]]:
+def _index(out: Path) -> list[dict[str, Any]]:
     """The descriptors that are in the index, as they are."""
     raw = read_optional(out, oci.INDEX_NAME, limit=oci.DOCUMENT_LIMIT)
     if raw is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from runners.files import opened
 from runners.manifest import FileEntry
 
 __all__ = ["hash_and_link", "write_verified"]
+
+_FLUSH = 64 << 20
+"""Bytes that are flushed at a time."""
 
 
 def write_verified(
@@ -39,14 +43,24 @@ def write_verified(
 
 
 def _write(target: Path, kept: int, chunks: Iterator[Chunk], size: int) -> str:
-    """Append `chunks` after `kept` bytes; the digest of the whole file, "" for another size."""
-    digest = hashlib.sha256()
-    with target.open("r+b" if kept else "wb", buffering=0) as file:
+    """Append `chunks` after `kept` bytes; the digest of the whole file, "" for another size.
+
+    The disk is busy from the first megabytes on: they are flushed while later ones are hashed.
+    """
+    digest, unflushed = hashlib.sha256(), 0
+    with target.open("r+b" if kept else "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         while kept and (piece := file.read(CHUNK)):
             digest.update(piece)
+        flushed = []
         for chunk in chunks:
             digest.update(chunk)
             _write_all(file.fileno(), chunk)
+            unflushed += len(chunk)
+            if unflushed >= _FLUSH:
+                flushed.append(pool.submit(os.fsync, file.fileno()))
+                unflushed = 0
+        for one in flushed:
+            one.result()
         os.fsync(file.fileno())
         return digest.hexdigest() if file.tell() == size else ""
 

@@ -39,11 +39,13 @@ __all__ = [
     "parsed",
 ]
 
-LAYOUT_NAME, INDEX_NAME = "oci-layout", "index.json"
+LAYOUT_NAME = "oci-layout"
+INDEX_NAME = "index.json"
 LAYOUT = {"imageLayoutVersion": "1.0.0"}
 DOCUMENT_LIMIT = 4 << 20
 """Bytes of an index or image manifest; registries take no larger ones (distribution-spec)."""
-_MOST_FILES, _MOST_BUNDLES = 4096, 1024
+_MOST_FILES = 4096
+_MOST_BUNDLES = 1024
 
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"

@@ -10,7 +10,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, final
@@ -18,7 +20,7 @@ from typing import Any, final
 from profiles.errors import BundleError, PartialError, SpecError
 from runners.files import opened, read_optional
 
-__all__ = ["CHUNK", "Chunk", "FolderPlace", "Place", "WebPlace", "place_of"]
+__all__ = ["CHUNK", "Chunk", "FolderPlace", "Place", "PlacedFile", "WebPlace", "place_of"]
 
 CHUNK = 1 << 16
 """Bytes at a time: still in the processor's cache when they are written after being hashed. Linux 6
@@ -47,6 +49,34 @@ class Place(ABC):
         A chunk is only good until the next one is asked for: the same memory may hold that.
         """
 
+    def descriptor(self, name: str) -> AbstractContextManager[int | None]:  # noqa: ARG002
+        """The open file, where it is one of this machine's; else None."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class PlacedFile:
+    """One file of a place, as runners.writing reads it."""
+
+    place: Place
+    name: str
+    size: int
+    advance: Callable[[int], None] = lambda _: None
+    """Told how many bytes were read."""
+
+    def stream(self, start: int) -> Iterator[Chunk]:
+        """The bytes from `start` on."""
+        for chunk in self.place.stream(self.name, start, self.size):
+            self.advance(len(chunk))
+            yield chunk
+
+    @contextmanager
+    def descriptor(self) -> Iterator[int | None]:
+        """The open file, where it is one of this machine's and has the right size."""
+        with self.place.descriptor(self.name) as file:
+            right = file is not None and os.fstat(file).st_size == self.size
+            yield file if right else None
+
 
 @final
 class FolderPlace(Place):
@@ -74,6 +104,16 @@ class FolderPlace(Place):
                 while left and (got := plain.readinto(buffer[: min(CHUNK, left)])):
                     left -= got
                     yield buffer[:got]
+
+    @contextmanager
+    def descriptor(self, name: str) -> Iterator[int | None]:
+        """The open file, if it is a plain one."""
+        with opened(self.root, name) as file:
+            own = os.dup(file)  # what fails while it is used isn't a failure to read it
+        try:
+            yield own
+        finally:
+            os.close(own)
 
 
 @final

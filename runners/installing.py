@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from profiles.errors import BundleError, DiskFullError, PartialError, SpecError,
 from profiles.hardware import free_disk_bytes
 from profiles.target import parse_target
 from runners.console import Console, Stage
-from runners.fetching import Chunk
+from runners.fetching import PlacedFile
 from runners.files import check_file
 from runners.installed import Installed, Pointer, add_version, files_by_digest, require_name
 from runners.manifest import FileEntry
@@ -91,6 +90,8 @@ def install(request: Request, trust: Trust, console: Console) -> Result:
             if error.errno in _FULL:
                 raise _disk_full(request.root, result.bytes) from error
             raise
+    for left in abandoned(result.path.parent, found.version):  # killed after its last rename
+        remove(left)
     record = Installed(key_id=result.key_id, bytes=result.bytes)
     result.pointer = add_version(request.root, name, found.version, record)
     return result
@@ -145,12 +146,9 @@ def _file(
                 result.shared += entry.size
                 return
 
-    def stream(start: int) -> Iterator[Chunk]:
-        for chunk in found.offer.place.stream(found.offer.where[path], start, entry.size):
-            stage.advance(len(chunk))
-            yield chunk
-
-    fetched = write_verified(target, entry, stream, name=f"{path} of {found.offer.name}")
+    where = found.offer.where[path]
+    source = PlacedFile(found.offer.place, where, entry.size, stage.advance)
+    fetched = write_verified(target, entry, source, name=f"{path} of {found.offer.name}")
     result.fetched += fetched
     result.kept += entry.size - fetched
     if os.name == "posix":  # Windows can't remove what is read-only

@@ -1,7 +1,8 @@
 """Pack a bundle for other machines: an OCI image layout that registry tools push, or a folder.
 
-A packed bundle is the same bytes whenever and wherever it is packed. Files are streamed and hashed
-on the way, never linked: who changes a bundle in place would change what was packed. One process at
+A packed bundle is the same bytes whenever and wherever it is packed. The system copies
+files, by reference where the disk can (Btrfs, XFS), and what it wrote is hashed; they are never
+hard-linked: who changes a bundle in place would change what was packed. One process at
 a time may pack into one folder.
 """
 
@@ -19,7 +20,7 @@ from profiles.target import sm
 from runners import oci
 from runners.console import Console
 from runners.dsse import SIGNATURE_LIMIT
-from runners.fetching import FolderPlace
+from runners.fetching import FolderPlace, PlacedFile
 from runners.files import check_file, read_optional
 from runners.installed import require_name
 from runners.manifest import FileEntry, Manifest
@@ -158,14 +159,12 @@ def _is_there(blobs: Path, entry: FileEntry) -> bool:
 
 
 def _write(contents: _Contents, path: str, target: Path) -> None:
-    entry, raw = contents.files[path], contents.small.get(path)
-    place = FolderPlace(contents.folder)
-    write_verified(
-        target,
-        entry,
-        lambda start: place.stream(path, start, entry.size) if raw is None else iter((raw,)),
-        name=f"{path} of {contents.folder}",
-    )
+    if raw := contents.small.get(path):
+        write_flushed(target, raw)
+        return
+    entry = contents.files[path]
+    source = PlacedFile(FolderPlace(contents.folder), path, entry.size)
+    write_verified(target, entry, source, name=f"{path} of {contents.folder}")
 
 
 def _small_blob(blobs: Path, raw: bytes, private: Path) -> dict[str, object]:

@@ -2,65 +2,96 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from profiles.errors import BundleError
 from runners.fetching import CHUNK, Chunk
 from runners.files import opened
 from runners.manifest import FileEntry
 
-__all__ = ["hash_and_link", "write_verified"]
+__all__ = ["Source", "hash_and_link", "write_verified"]
 
-_FLUSH = 64 << 20
-"""Bytes that are flushed at a time."""
+_PIECE = 1 << 26
+"""Bytes that the system copies at a time."""
+_COPIED_FROM = 1 << 20
+"""Bytes: smaller files are streamed."""
+_CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+"""What systems and network shares answer that can't copy from one file to another."""
 
 
-def write_verified(
-    target: Path, entry: FileEntry, stream: Callable[[int], Iterator[Chunk]], *, name: str
-) -> int:
-    """Write `target` from `stream(start)`, flushed to the disk; how many bytes were taken from it.
+class Source(Protocol):
+    """Where one file's bytes come from."""
+
+    def advance(self, count: int, /) -> None:
+        """Hear that so many bytes more were copied."""
+
+    def stream(self, start: int) -> Iterator[Chunk]:
+        """The bytes from `start` on."""
+
+    def descriptor(self) -> AbstractContextManager[int | None]:
+        """The open file, where it is one of this machine's."""
+
+
+def write_verified(target: Path, entry: FileEntry, source: Source, *, name: str) -> int:
+    """Write `target` from `source`, flushed to the disk; how many bytes were taken from it.
 
     What `target` holds already of an earlier try is kept if the whole then has the right digest,
     and fetched again if it hasn't. Raises BundleError, and removes it, where the bytes are wrong.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = target.stat().st_size if target.exists() else 0
-    if kept > entry.size:
-        target.unlink()
-        kept = 0
-    if _write(target, kept, stream(kept), entry.size) == entry.sha256:
+    if 0 < kept <= entry.size and _write(target, kept, source, entry.size) == entry.sha256:
         return entry.size - kept
-    target.unlink()
-    if kept and _write(target, 0, stream(0), entry.size) == entry.sha256:
+    if entry.size >= _COPIED_FROM and _copy(target, source, entry.size) == entry.sha256:
         return entry.size
-    target.unlink(missing_ok=True)
+    if _write(target, 0, source, entry.size) == entry.sha256:
+        return entry.size
+    target.unlink()
     raise BundleError(f"{name} has other bytes than were signed: it is damaged; pack it again.")
 
 
-def _write(target: Path, kept: int, chunks: Iterator[Chunk], size: int) -> str:
-    """Append `chunks` after `kept` bytes; the digest of the whole file, "" for another size.
+def _copy(target: Path, source: Source, size: int) -> str | None:
+    """Let the system copy the file (by reference on Btrfs and XFS), then hash what it wrote.
 
-    The disk is busy from the first megabytes on: they are flushed while later ones are hashed.
+    None where it can't. Writing to the disk goes on while the copy is hashed.
     """
-    digest, unflushed = hashlib.sha256(), 0
-    with target.open("r+b" if kept else "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+    copy = getattr(os, "copy_file_range", None)
+    with source.descriptor() as given, target.open("w+b", buffering=0) as file:
+        if copy is None or given is None:
+            return None
+        try:
+            left = size
+            while left and (got := copy(given, file.fileno(), min(_PIECE, left))):
+                left -= got
+                source.advance(got)
+        except OSError as error:
+            if error.errno in _CANNOT:
+                return None
+            raise
+        with ThreadPoolExecutor(1) as pool:
+            flushed = pool.submit(os.fsync, file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            flushed.result()
+    return digest if not left else None
+
+
+def _write(target: Path, kept: int, source: Source, size: int) -> str:
+    """Append what comes after `kept` bytes; the digest of the whole file, "" for another size."""
+    digest = hashlib.sha256()
+    with target.open("r+b" if kept else "wb", buffering=0) as file:
         while kept and (piece := file.read(CHUNK)):
             digest.update(piece)
-        flushed = []
-        for chunk in chunks:
+        for chunk in source.stream(kept):
             digest.update(chunk)
             _write_all(file.fileno(), chunk)
-            unflushed += len(chunk)
-            if unflushed >= _FLUSH:
-                flushed.append(pool.submit(os.fsync, file.fileno()))
-                unflushed = 0
-        for one in flushed:
-            one.result()
         os.fsync(file.fileno())
         return digest.hexdigest() if file.tell() == size else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ def packed(shop: Shop) -> Shop:
     return shop
 
 
+@pytest.mark.usefixtures("way")
 def test_an_installed_bundle_is_the_packed_one_and_opens(packed: Shop) -> None:
     result = packed.install()
     there, wanted = files_of(result.path), files_of(packed.folder / "bundles/toy")
@@ -111,6 +113,7 @@ def test_an_unsigned_and_a_foreign_bundle_are_refused(packed: Shop, tmp_path: Pa
     assert not packed.root.exists()
 
 
+@pytest.mark.usefixtures("way")
 def test_every_wrong_byte_is_refused_and_nothing_is_left(packed: Shop) -> None:
     config = b'"modelfs"'
     refused = 0
@@ -129,6 +132,7 @@ def test_every_wrong_byte_is_refused_and_nothing_is_left(packed: Shop) -> None:
     assert packed.install().fetched
 
 
+@pytest.mark.usefixtures("way")
 def test_swapped_blobs_are_refused(packed: Shop) -> None:
     blobs = sorted((packed.out / "blobs/sha256").iterdir(), key=lambda one: one.stat().st_size)
     same = [one for one in blobs if one.stat().st_size == 5000]
@@ -361,11 +365,32 @@ def test_the_first_version_runs_without_a_result(packed: Shop) -> None:
     assert located(packed.root / "other") == path
 
 
+@pytest.fixture(params=["streamed", "copied"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How files get from a folder to the disk: by us, or by the system where it can."""
+    monkeypatch.setattr(writing, "_COPIED_FROM", 1 if request.param == "copied" else 1 << 60)
+    return str(request.param)
+
+
 class Full:
     """A disk that has room for so many bytes more."""
 
     def __init__(self, room: int) -> None:
         self.room, self._write = room, os.write
+        self._copy = getattr(os, "copy_file_range", None)
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "write", self.write)
+        if self._copy is not None:
+            monkeypatch.setattr(os, "copy_file_range", self.copy)
+
+    def copy(self, source: int, target: int, count: int) -> int:
+        assert self._copy is not None
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copied = int(self._copy(source, target, min(count, self.room)))
+        self.room -= copied
+        return copied
 
     def write(self, descriptor: int, chunk: memoryview) -> int:
         if not self.room:
@@ -375,12 +400,13 @@ class Full:
         return written
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("room", [0, 1, 4000, 5000, 12_000, 25_000])
 def test_a_full_disk_is_refused_and_the_next_try_goes_on(
     packed: Shop, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(writing.os, "write", Full(room).write)
+        Full(room).patch(patch)
         with pytest.raises(DiskFullError, match="free some, and run it again") as caught:
             packed.install()
     assert caught.value.exit_code == 14
@@ -391,6 +417,25 @@ def test_a_full_disk_is_refused_and_the_next_try_goes_on(
     assert result.fetched + result.kept + result.shared == result.bytes
     assert open_bundle(result.path, trust=packed.trust)
     assert not list(packed.root.rglob("*.kiln-part"))
+
+
+@pytest.mark.parametrize("way", ["copied"], indirect=True)
+@pytest.mark.parametrize("answer", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, None])
+def test_where_the_system_cannot_copy_we_do(
+    packed: Shop, monkeypatch: pytest.MonkeyPatch, way: str, answer: int | None
+) -> None:
+    """None is a network share that copies nothing and says so."""
+    asked = []
+
+    def cannot(*_: int) -> int:
+        asked.append(way)
+        if answer is None:
+            return 0
+        raise OSError(answer, "no")
+
+    monkeypatch.setattr(os, "copy_file_range", cannot, raising=False)
+    assert open_bundle(packed.install().path, trust=packed.trust)
+    assert asked
 
 
 def test_too_little_room_is_known_before_anything_is_written(
@@ -416,6 +461,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     run(["umount", str(path)], check=True)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_disk_that_is_really_full(
     shop: Shop, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,15 +481,18 @@ def test_a_disk_that_is_really_full(
     assert open_bundle(result.path, trust=shop.trust)
 
 
-def test_a_full_disk_while_packing_leaves_the_folder_as_it_was(
+def test_a_full_disk_while_packing_leaves_whole_blobs_only(
     packed: Shop, monkeypatch: pytest.MonkeyPatch, kiln: Kiln
 ) -> None:
     before = files_of(packed.out)
     bundle = packed.toy("new", size=5000, seed=1)
-    monkeypatch.setattr(writing.os, "write", Full(1000).write)
+    Full(1000).patch(monkeypatch)
     ended = kiln("pack", bundle, "-o", packed.out, "--key", packed.key)
     assert ended.code == 14
-    assert files_of(packed.out) == before
+    left = files_of(packed.out)
+    assert {name: left.pop(name) for name in before} == before
+    for name, raw in left.items():  # whole blobs stay for the next try
+        assert name == f"blobs/sha256/{hashlib.sha256(raw).hexdigest()}"
 
 
 def test_no_error_of_a_command_is_more_than_a_sentence(kiln: Kiln, packed: Shop) -> None:

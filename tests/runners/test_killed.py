@@ -39,7 +39,8 @@ def dying(call):
         return call(*arguments, **named)
     return wrapped
 
-for name in ("write", "fsync", "open", "link", "mkdir", "replace", "rename", "unlink", "rmdir"):
+writing._COPIED_FROM = 1
+for name in (*"write fsync open link mkdir replace rename unlink rmdir".split(), "copy_file_range"):
     setattr(os, name, dying(getattr(os, name)))
 """
 """Dies at the system call of this number that changes the disk, counted from the start."""

@@ -18,7 +18,7 @@ from runners.manifest import FileEntry
 
 __all__ = ["Source", "hash_and_link", "write_verified"]
 
-_PIECE = 1 << 26
+_PIECE = 1 << 24
 """Bytes that the system copies at a time."""
 _COPIED_FROM = 1 << 20
 """Bytes: smaller files are streamed."""
@@ -58,29 +58,41 @@ def write_verified(target: Path, entry: FileEntry, source: Source, *, name: str)
 
 
 def _copy(target: Path, source: Source, size: int) -> str | None:
-    """Let the system copy the file (by reference on Btrfs and XFS), then hash what it wrote.
+    """Let the system copy the file (by reference on Btrfs and XFS), and hash what it wrote.
 
-    None where it can't. Writing to the disk goes on while the copy is hashed.
+    None where it can't. While one piece is hashed the next ones are copied and flushed.
     """
-    copy = getattr(os, "copy_file_range", None)
-    with source.descriptor() as given, target.open("w+b", buffering=0) as file:
-        if copy is None or given is None:
+    sizes = [min(_PIECE, size - start) for start in range(0, size, _PIECE)]
+    with source.descriptor() as given, target.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        if given is None or not hasattr(os, "copy_file_range"):
             return None
+        copied = [pool.submit(_copy_piece, given, file.fileno(), one) for one in sizes]
+        flushed = pool.submit(os.fsync, file.fileno())
+        digest = hashlib.sha256()
         try:
-            left = size
-            while left and (got := copy(given, file.fileno(), min(_PIECE, left))):
-                left -= got
-                source.advance(got)
+            with target.open("rb", buffering=0) as written:
+                for one, work in zip(sizes, copied, strict=True):
+                    if work.result() != one:
+                        return None
+                    source.advance(one)
+                    for _ in range(0, one, CHUNK):
+                        digest.update(written.read(CHUNK))
+            flushed.result()
         except OSError as error:
             if error.errno in _CANNOT:
                 return None
             raise
-        with ThreadPoolExecutor(1) as pool:
-            flushed = pool.submit(os.fsync, file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            flushed.result()
-    return digest if not left else None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return digest.hexdigest()
+
+
+def _copy_piece(source: int, target: int, count: int) -> int:
+    """Copy `count` bytes on from where both files are; how many it were."""
+    copy, left = getattr(os, "copy_file_range"), count  # noqa: B009 (Linux alone has it)
+    while left and (got := copy(source, target, left)):
+        left -= got
+    return count - left
 
 
 def _write(target: Path, kept: int, source: Source, size: int) -> str:

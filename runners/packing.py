@@ -36,6 +36,7 @@ from runners.manifest_file import (
 from runners.outputs import require_writable
 from runners.private import (
     abandoned,
+    flush_file,
     flush_folder,
     flush_tree,
     private_folder,
@@ -146,6 +147,7 @@ def _blob(contents: _Contents, path: str, blobs: Path, private: Path) -> int:
     if _is_there(blobs, entry):
         return 0
     _write(contents, path, private / entry.sha256)
+    flush_file(private / entry.sha256)
     (private / entry.sha256).replace(blobs / entry.sha256)
     return entry.size
 

@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["abandoned", "flush_folder", "flush_tree", "private_folder", "remove", "write_flushed"]
+__all__ = [
+    "abandoned",
+    "flush_file",
+    "flush_folder",
+    "flush_tree",
+    "private_folder",
+    "remove",
+    "write_flushed",
+]
 
 _NAME = re.compile(r"\.(?P<stem>.+)\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{8}\.kiln-part")
 _KEEP_SECONDS = 7 * 24 * 3600
@@ -98,9 +106,26 @@ def write_flushed(path: Path, raw: bytes) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Bring the names of all files below `folder` to the disk."""
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+    """Bring all files below `folder` to the disk, and then their names.
+
+    All at once, at the end: the disk writes the first ones while later ones are still made.
+    """
+    every = list(folder.rglob("*"))
+    for path in every:
+        if path.is_file():
+            flush_file(path)
+    for path in (folder, *(path for path in every if path.is_dir())):
         flush_folder(path)
+
+
+def flush_file(path: Path) -> None:
+    """Bring a file to the disk."""
+    flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what it may write
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flush_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Source(Protocol):
 
 
 def write_verified(target: Path, entry: FileEntry, source: Source, *, name: str) -> int:
-    """Write `target` from `source`, flushed to the disk; how many bytes were taken from it.
+    """Write `target` from `source`, not yet flushed; how many bytes were taken from it.
 
     What `target` holds already of an earlier try is kept if the whole then has the right digest,
     and fetched again if it hasn't. Raises BundleError, and removes it, where the bytes are wrong.
@@ -60,14 +60,13 @@ def write_verified(target: Path, entry: FileEntry, source: Source, *, name: str)
 def _copy(target: Path, source: Source, size: int) -> str | None:
     """Let the system copy the file (by reference on Btrfs and XFS), and hash what it wrote.
 
-    None where it can't. While one piece is hashed the next ones are copied and flushed.
+    None where it can't. While one piece is hashed the next ones are copied.
     """
     sizes = [min(_PIECE, size - start) for start in range(0, size, _PIECE)]
     with source.descriptor() as given, target.open("wb") as file, ThreadPoolExecutor(1) as pool:
         if given is None or not hasattr(os, "copy_file_range"):
             return None
         copied = [pool.submit(_copy_piece, given, file.fileno(), one) for one in sizes]
-        flushed = pool.submit(os.fsync, file.fileno())
         digest = hashlib.sha256()
         try:
             with target.open("rb", buffering=0) as written:
@@ -77,7 +76,6 @@ def _copy(target: Path, source: Source, size: int) -> str | None:
                     source.advance(one)
                     for _ in range(0, one, CHUNK):
                         digest.update(written.read(CHUNK))
-            flushed.result()
         except OSError as error:
             if error.errno in _CANNOT:
                 return None
@@ -104,7 +102,6 @@ def _write(target: Path, kept: int, source: Source, size: int) -> str:
         for chunk in source.stream(kept):
             digest.update(chunk)
             _write_all(file.fileno(), chunk)
-        os.fsync(file.fileno())
         return digest.hexdigest() if file.tell() == size else ""
 
 

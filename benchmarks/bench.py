@@ -28,7 +28,10 @@ _HELP_RUNS = 9
 @click.option(
     "--section",
     type=click.Choice(
-        ["startup", "compile", "reference", "full-size", "quantize", "analyze", "tensorrt"]
+        [
+            *("startup", "compile", "reference", "full-size"),
+            *("quantize", "analyze", "tensorrt", "install"),
+        ]
     ),
     multiple=True,
     help="Only this section; may be given several times.",
@@ -251,6 +254,13 @@ def _tensorrt(_out: Path, console: Console) -> dict[str, Any]:
     return {"capabilities": _CARDS, "rows": rows}
 
 
+def _install(_out: Path, console: Console) -> dict[str, Any]:
+    """Packing and installing against a plain copy with hashing, on the disk of temporary files."""
+    from benchmarks.shipping import measure
+
+    return measure(console, _watched, size=10**9, pack_size=2 * 10**9, rounds=9)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -259,6 +269,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "quantize": _quantize,
     "analyze": _analyze,
     "tensorrt": _tensorrt,
+    "install": _install,
 }
 
 
@@ -308,4 +319,10 @@ def _text(document: dict[str, Any]) -> str:
                 f"GiB, {row['bytes'] / 1e6:.0f} MB ({row['bytes_vs_predicted']:.3f}x of predicted)"
                 f", {row['layers_low_bit']} of {row['layers']} quantized layers on low-bit kernels"
             )
+    if found := document.get("install"):
+        lines.append(
+            f"install: {found['throughput_of_copy']}x of a plain copy and sha256 "
+            f"({found['throughput_of_flushed_copy']}x of one that is flushed to the disk); pack of "
+            f"{found['pack_bytes'] / 1e9:.1f} GB: {found['pack_peak_rss_bytes'] / 1e6:.0f} MB"
+        )
     return "\n".join(lines)

@@ -21,6 +21,7 @@ def load(
 ) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
+    `bundle` is a folder, or the name of an installed one, of which the current version runs.
     `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
     trust file (default: the user's own) that says whose bundles may run beside those compiled on
     this machine. `verify` "always" hashes large files though they haven't changed since they were
@@ -31,11 +32,12 @@ def load(
     """
     from runners.bundle import open_bundle
     from runners.compatibility import require_compatible
+    from runners.installed import located
     from runners.selftest import facts_for, require_passed
     from runners.trust import load_trust
 
     opened = open_bundle(
-        bundle,
+        located(Path(bundle)),
         trust=load_trust(trust),
         check=lambda manifest: require_compatible(manifest, facts_for(manifest)),
         always_hash=verify == "always",

@@ -83,7 +83,10 @@ def generate(
     as_json: bool,  # noqa: FBT001
     verbose: bool,  # noqa: FBT001
 ) -> None:
-    """Make pictures with BUNDLE; with --count N they are OUT-0001.png and so on."""
+    """Make pictures with BUNDLE; with --count N they are OUT-0001.png and so on.
+
+    BUNDLE is a bundle's folder, or the name of an installed one.
+    """
     if not verbose:
         quiet_libraries()
     width, height = size_of(size)
@@ -124,8 +127,10 @@ def _loaded(
     """What is to be drawn and the pipeline; every picture is read before the bundle loads."""
     from runners.bundle import trusted_manifest
     from runners.drawing import drawing_of
+    from runners.installed import located
     from runners.trust import load_trust
 
+    bundle = located(bundle)
     drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
     with console.stage(f"Load {bundle}"):
         pipeline = load(task=request.task)

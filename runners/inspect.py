@@ -27,8 +27,9 @@ def inspect_command(
 ) -> None:
     """Show what is inside BUNDLE; its manifest is verified, its engines aren't opened."""
     from runners.bundle import read_manifest
+    from runners.installed import located
 
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(located(bundle))
     if recipe:
         Console(json_output=True).result("", manifest.recipe)
         return

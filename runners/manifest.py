@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from runners.paths import plain_path, require_distinct
 from runners.requires import Observed, Requires
 from runners.signature import Signature
 
@@ -25,25 +25,10 @@ SCHEMA = 3
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(10))}
+_OWN = ("local.mark", "manifest.json", "manifest.sha256", "signature.json")
+"""Names that no path may be taken for; runners.manifest_file refuses them as files."""
 
-
-def _relative(path: str) -> str:
-    """A path inside the bundle that is legal and means the same on every system."""
-    parts = PurePosixPath(path).parts
-    legal = (
-        parts
-        and str(PurePosixPath(*parts)) == path
-        and not path.startswith("/")
-        and all(p not in {".", ".."} and not set(p) & set('\\:*?"<>|\0') for p in parts)
-        and all(p == p.rstrip(". ") and p.split(".")[0].lower() not in _RESERVED for p in parts)
-    )
-    if not legal:
-        raise ValueError(f"{path!r} is not a plain relative path")
-    return path
-
-
-RelativePath = Annotated[str, AfterValidator(_relative)]
+RelativePath = Annotated[str, AfterValidator(plain_path)]
 
 
 class FileEntry(BaseModel):
@@ -196,6 +181,11 @@ class Manifest(BaseModel):
         drawn = (self.picture.file,) if self.picture is not None else ()
         if absent := sorted({*used, *drawn} - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_distinct(self) -> Self:
+        require_distinct((*_OWN, *self.files))
         return self
 
     @model_validator(mode="after")

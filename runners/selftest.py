@@ -33,6 +33,7 @@ __all__ = [
     "require_passed",
     "require_selftest",
     "result_paths",
+    "state_of",
     "store_outcome",
 ]
 
@@ -138,7 +139,7 @@ def result_paths(bundle: Bundle) -> tuple[Path, Path]:
     )
 
 
-def _state(bundle: Bundle) -> str:
+def state_of(bundle: Bundle) -> str:
     """What a result is of: another build under the same name has to pass again."""
     files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -151,7 +152,7 @@ def _results(bundle: Bundle) -> dict[str, dict[str, Any]]:
             document = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(document, dict) and document.get("bundle") == _state(bundle):
+        if isinstance(document, dict) and document.get("bundle") == state_of(bundle):
             kept = (document.get("passed"), document.get("failed"))
             return {
                 name: found if isinstance(found, dict) else {}
@@ -161,7 +162,7 @@ def _results(bundle: Bundle) -> dict[str, dict[str, Any]]:
 
 
 def _write(bundle: Bundle, known: Mapping[str, Any]) -> None:
-    text = json.dumps({"bundle": _state(bundle), **known}, indent=1)
+    text = json.dumps({"bundle": state_of(bundle), **known}, indent=1)
     for path in result_paths(bundle):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

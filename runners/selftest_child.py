@@ -14,12 +14,16 @@ from typing import Any
 
 from profiles.errors import KilnError, SelfTestError
 from runners.bundle import Bundle, open_bundle
+from runners.trust import load_trust
 
 __all__ = ["main"]
 
 
-def main(path: str) -> int:
-    """Test the bundle at `path`; the exit code says whether the test itself could be run."""
+def main(path: str, trust: str | None = None) -> int:
+    """Test the bundle at `path`; the exit code says whether the test itself could be run.
+
+    `trust` is a NAME.pub or a trust file (default: the user's own).
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to stderr
 
@@ -31,7 +35,7 @@ def main(path: str) -> int:
 
     quiet_libraries()
     try:
-        _test(open_bundle(Path(path)), say)
+        _test(open_bundle(Path(path), trust=load_trust(trust)), say)
     except KilnError as error:
         say(error=type(error).__name__, message=str(error))
         return error.exit_code
@@ -73,4 +77,4 @@ def _test(bundle: Bundle, say: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:3]))

@@ -51,12 +51,15 @@ class SelfTest:
 
 @click.command("selftest")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--trust", type=click.Path(path_type=Path), help="NAME.pub or trust file [default: yours]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
-def selftest_command(bundle: Path, as_json: bool) -> None:  # noqa: FBT001
+def selftest_command(bundle: Path, trust: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Run BUNDLE's recorded calls and draw its picture; a failure keeps it from being used."""
     console = Console(json_output=as_json)
     with console.stage(f"Test {bundle}"):
-        tested = run_selftest(bundle)
+        tested = run_selftest(bundle, trust=trust)
     lines = [
         f"{row['name']:<14}{min(row['db'].values()):>7.1f} dB, {row['needed_db']:.1f} needed"
         for row in tested.rows
@@ -64,7 +67,9 @@ def selftest_command(bundle: Path, as_json: bool) -> None:  # noqa: FBT001
     console.result("\n".join([*lines, "passed"]), {"passed": True, "tests": tested.rows})
 
 
-def run_selftest(path: Path, *, child: Sequence[str] = _CHILD) -> SelfTest:
+def run_selftest(
+    path: Path, *, trust: Path | None = None, child: Sequence[str] = _CHILD
+) -> SelfTest:
     """Test the bundle at `path` on this machine and keep the result for `runners.load`.
 
     Raises SelfTestError, and keeps it, where an engine crashes or is wrong; what else keeps the
@@ -80,7 +85,8 @@ def run_selftest(path: Path, *, child: Sequence[str] = _CHILD) -> SelfTest:
         raise SpecError(f"{path} has nothing recorded to test it with: compile it again.")
     facts = facts_for(manifest)
     require_compatible(manifest, facts)
-    tested, failure = _run([*child, str(path.absolute())])
+    named = [] if trust is None else [str(trust.absolute())]
+    tested, failure = _run([*child, str(path.absolute()), *named])
     failure = failure or tested.failure
     passed = {
         f"{row['name']} on {row['machine']}": {"sqnr_db": row["db"], "needed_db": row["needed_db"]}

@@ -80,7 +80,8 @@ def sign_files(
 ) -> bytes:
     """The signature of `key` over files: path -> sha256 in hex. `name` is informative only."""
     payload = dsse.statement(digests, name=name, ignored=BESIDE)
-    signature = key.sign(dsse.pae(payload), _ALGORITHM)
+    same = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)  # RFC 6979: equal packed bytes
+    signature = key.sign(dsse.pae(payload), same)
     return dsse.encode(dsse.Envelope(payload, signature, hint_of(key.public_key())))
 
 

@@ -46,14 +46,40 @@ def verify_command(
     """Hash BUNDLE's files and check them against its signature; no engine is opened.
 
     Exit codes: 11 where it isn't signed or its key isn't trusted, 12 where signature or digests
-    don't match the bytes. A bundle that was compiled here and never signed is 11.
+    don't match the bytes. A bundle that was compiled here and never signed is 11. Of a folder that
+    `kiln pack` wrote, every bundle is verified.
     """
+    from runners.offers import is_layout
+
+    if is_layout(bundle):
+        _verify_packed(bundle, load_trust(trust), Console(json_output=as_json))
+        return
     found = verify_folder(bundle, load_trust(trust))
     Console(json_output=as_json).result(
         f"{bundle} is {found.name}, {found.files} files and {found.size} bytes as signed by the "
         f"key {found.key}.",
         found._asdict(),
     )
+
+
+def _verify_packed(folder: Path, trust: Trust, console: Console) -> None:
+    from runners.offers import verified_layout
+
+    rows = [
+        {
+            "key": one.key_id,
+            "name": one.offer.name,
+            "files": len(one.offer.files),
+            "size": sum(entry.size for entry in one.offer.files.values()),
+        }
+        for one in verified_layout(folder, trust)
+    ]
+    lines = [
+        f"{row['name']} in {folder}: {row['files']} files and {row['size']} bytes as signed by the "
+        f"key {row['key']}."
+        for row in rows
+    ]
+    console.result("\n".join(lines), {"bundles": rows})
 
 
 def verify_folder(folder: Path, trust: Trust) -> Verified:

@@ -25,6 +25,31 @@ __all__ = ["Watched", "generate_bundle", "measure"]
 Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
 """A command and its environment -> seconds, and peak resident bytes."""
 
+_REQUIRES = {
+    "systems": [],
+    "machines": [],
+    "only_there": False,
+    "glibc": None,
+    "isa": [],
+    "build_isa": [],
+    "fast_isa": [],
+    "capabilities": None,
+    "buildable": [],
+    "driver": None,
+    "library": {"distribution": "openvino", "version": "0", "rule": "minimum"},
+    "memory_bytes": 0,
+    "streams": False,
+}
+_OBSERVED = {
+    "host": {
+        "os": "",
+        "machine": "",
+        "cpu": {"name": "", "cores": 1, "isa": []},
+        "ram_bytes": 0,
+        "glibc": None,
+    },
+    "build_seconds": 0,
+}
 _CHUNK = 1 << 20
 _ROLES = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
@@ -57,7 +82,7 @@ def generate_bundle(folder: Path, size: int) -> None:
         "components": [_component(role) for role in _ROLES],
         "files": files,
         "tools": {},
-        "hardware": {},
+        "observed": _OBSERVED,
         "speed": None,
     }
     raw = json.dumps(document).encode()
@@ -79,6 +104,7 @@ def _component(role: str) -> dict[str, object]:
         "files": {"weights": f"{role}/weights.bin"},
         "config": f"{role}/component.json",
         "properties": {},
+        "requires": _REQUIRES,
         "unseen_sqnr_db": {},
         **dict.fromkeys(numbers, 0),
         **dict.fromkeys(unknown),

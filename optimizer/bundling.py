@@ -108,8 +108,8 @@ def check_target(out: Path, *, force: bool) -> None:
     local_key()  # which the bundle will be marked with: better no key now than in an hour
 
 
-Draw = Callable[[Path, Path, Picture], None]
-"""Draws a picture with the bundle in a folder, into a file."""
+Draw = Callable[[Path, Manifest, Picture], Path]
+"""The file of the picture that the bundle in a folder draws."""
 
 
 def assemble(plan: Plan, made: Made, out: Path, draw: Draw) -> Manifest:
@@ -151,7 +151,7 @@ def _with_picture(plan: Plan, manifest: Manifest, folder: Path, draw: Draw) -> M
         least_psnr_db=_LEAST_PSNR_DB,
     )
     path = folder / _PICTURE
-    draw(folder, path, picture)
+    shutil.copyfile(draw(folder, manifest, picture), path)
     entry = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
     files = {**manifest.files, _PICTURE: entry}
     return manifest.model_copy(update={"files": files, "picture": picture})

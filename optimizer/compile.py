@@ -298,11 +298,19 @@ class _Stages:
             "speed", "Measure a step", key, "optimizer.measure:measure_step", arguments
         )
 
-    def draw(self, folder: Path, out: Path, wanted: Picture) -> None:
-        """The picture of the bundle in `folder`, into `out`; not kept in the store."""
-        with self.console.stage("Draw the self-test's picture") as stage:
-            arguments = (folder, out, wanted)
-            run_stage("optimizer.picture:draw_picture", arguments, progress=stage.progress)
+    def draw(self, folder: Path, manifest: Manifest, wanted: Picture) -> Path:
+        """The file of the picture that the bundle in `folder` draws."""
+        libraries = sorted({backend(job.backend).library for job in self._plan.jobs})
+        key = {
+            "what": "picture",
+            "files": {name: entry.sha256 for name, entry in manifest.files.items()},
+            "wanted": wanted.model_dump(mode="json"),
+            "on": self._machine,
+            "with": versions((*TORCH, *libraries)),
+        }
+        title, target = "Draw the self-test's picture", "optimizer.picture:draw_picture"
+        made = self._run("picture", title, key, target, (folder, wanted), planned=False)
+        return made / wanted.file
 
     def _prepare_key(self, job: Job) -> dict[str, Any]:
         form = backend(job.backend).form

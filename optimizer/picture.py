@@ -11,10 +11,10 @@ from runners.reference_picture import draw
 __all__ = ["draw_picture"]
 
 
-def draw_picture(folder: Path, out: Path, wanted: Picture) -> None:
-    """Draw what `wanted` says with the bundle in `folder`, whose bytes are verified as usual."""
+def draw_picture(folder: Path, wanted: Picture, out: Path) -> None:
+    """Draw what `wanted` says with the bundle in `folder`, its bytes verified, into `out`."""
     bundle = Bundle(folder, read_manifest(folder))
     picture = draw(
         bundle, prompt=wanted.prompt, seed=wanted.seed, steps=wanted.steps, side=wanted.side
     )
-    picture.save(out, optimize=True)
+    picture.save(out / wanted.file, optimize=True)

@@ -32,6 +32,7 @@ def draw(bundle: Bundle, *, prompt: str, seed: int, steps: int, side: int) -> Im
         "width": side,
         "height": side,
         "image": Image.new("RGB", (side, side), (127, 127, 127)),
+        "strength": 1.0,
         "mask_image": Image.new("L", (side, side), 255),
     }
     taken = inspect.signature(type(pipeline).__call__).parameters

@@ -16,6 +16,7 @@ from optimizer.compile import _Stages, plan_recipe
 from optimizer.load import load_module
 from optimizer.recipe import Recipe, checked
 from optimizer.source import resolve
+from optimizer.store import Store
 from optimizer.unpickle import main as unpickle_main
 from profiles.errors import SpecError, UnsupportedError
 from runners.bundle import open_bundle, read_manifest
@@ -135,7 +136,7 @@ def test_the_bundle_says_what_it_was_made_from(
 
 def prepare_keys(model: Path, vae: Path | None) -> dict[str, Any]:
     plan, hardware = plan_recipe(checked({"model": str(model), "vae": vae and str(vae)}))
-    stages = _Stages(plan, hardware, Console())
+    stages = _Stages(plan, hardware, Console(), Store())
     return {job.spec.name: stages._prepare_key(job) for job in plan.jobs}
 
 

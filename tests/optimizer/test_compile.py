@@ -291,7 +291,7 @@ def test_a_killed_compile_resumes_and_shows_nothing_half_written(
             child.kill()
     assert not out.exists()
     assert not out.parent.exists() or not list(out.parent.iterdir())
-    assert len(list((cache / "v1" / "engine").iterdir())) == 1
+    assert len(list((cache / "v2" / "engine").iterdir())) == 1
 
     out.parent.mkdir(exist_ok=True)
     for suffix in ("new", "old"):  # what a kill while the bundle is put together leaves
@@ -301,7 +301,7 @@ def test_a_killed_compile_resumes_and_shows_nothing_half_written(
     assert "Build and check text_encoder: found in the cache" in ended.err
     assert "Build and check unet: found in the cache" not in ended.err
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
-    assert list((cache / "v1" / "_tmp").iterdir()) == []
+    assert list((cache / "v2" / "_tmp").iterdir()) == []
     open_bundle(out)
     first, second = files_of(original), files_of(out)
     assert first.keys() == second.keys()

@@ -21,6 +21,7 @@ from optimizer.families.few_step import FEW_STEP
 from optimizer.plan import Plan
 from optimizer.recipe import Recipe
 from optimizer.sizes import LARGE
+from optimizer.store import Store
 from profiles import hardware
 from profiles.errors import SpecError, UnsupportedError
 from runners.console import Console
@@ -115,7 +116,7 @@ def test_without_it_an_ordinary_model_is_as_its_folder_says(tiny_model: Path) ->
 def test_every_kind_is_another_bundle(tiny_model: Path) -> None:
     machine = hardware.detect()
     keys = {
-        _Stages(planned(tiny_model, few_step=kind), machine, Console()).bundle_key
+        _Stages(planned(tiny_model, few_step=kind), machine, Console(), Store()).bundle_key
         for kind in (None, *FEW_STEP)
     }
     assert len(keys) == 1 + len(FEW_STEP)

@@ -164,7 +164,7 @@ def test_a_checkpoint_without_vae_is_refused_with_the_fix(small: Small, store: S
     small.drop("first_stage_model.")
     with pytest.raises(SpecError, match=r"Diffusion 1\.x without VAE \(first_.*give a file that"):
         resolve(str(small.save()), store=store)
-    assert list((store.root / "v1" / "_tmp").iterdir()) == []
+    assert list((store.root / "v2" / "_tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("small", ["sd1"], indirect=True)

@@ -139,12 +139,13 @@ def test_recorded_calls_hold_no_second_half(turbo: Path, tiny_model: Path) -> No
     from optimizer.calls import load_calls
     from optimizer.compile import _Stages, plan_recipe
     from optimizer.recipe import Recipe
+    from optimizer.store import Store
     from profiles import hardware
     from runners.console import Console
 
     recipe = {**read_manifest(turbo).recipe, "model": str(tiny_model)}
     plan, _ = plan_recipe(Recipe.model_validate(recipe))
-    recorded = _Stages(plan, hardware.detect(), Console()).record()
+    recorded = _Stages(plan, hardware.detect(), Console(), Store()).record()
     calls = load_calls(recorded / "unet.safetensors")
     assert len(calls) == 16
     assert {call.inputs[0].shape for call in calls.values()} == {(1, 4, 16, 16)}

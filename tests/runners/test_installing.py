@@ -182,7 +182,11 @@ def for_cards(shop: Shop, name: str, capabilities: tuple[str, ...], seed: int) -
     bundle = shop.toy(name, seed=seed)
     parts = read_manifest(bundle).components
     built = tuple(
-        one.model_copy(update={"capabilities": capabilities}) if one.role == "denoiser" else one
+        one.model_copy(
+            update={"requires": one.requires.model_copy(update={"capabilities": capabilities})}
+        )
+        if one.role == "denoiser"
+        else one
         for one in parts
     )
     return shop.toy(name, seed=seed, components=built)

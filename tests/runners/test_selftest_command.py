@@ -61,12 +61,14 @@ def _write_toy(folder: Path, **fields: Any) -> None:
     """Another manifest for the files that are there."""
     from runners.bundle import DIGEST_NAME, MANIFEST_NAME, digest_line
     from runners.manifest import Manifest
+    from runners.mark import mark_bundle
 
     given = {**read_manifest(folder).model_dump(), **fields}
     manifest = Manifest.model_validate(given)
     raw = json.dumps(manifest.model_dump(mode="json")).encode()
     (folder / MANIFEST_NAME).write_bytes(raw)
     (folder / DIGEST_NAME).write_bytes(digest_line(raw))
+    mark_bundle(folder)
 
 
 def require_here(folder: Path) -> None:

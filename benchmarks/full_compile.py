@@ -1,0 +1,66 @@
+"""A whole Stable Diffusion XL of random weights through `kiln compile`: time, memory, bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runners.console import Console
+
+__all__ = ["Watched", "measure"]
+
+Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
+"""A command and its environment -> seconds, and peak resident bytes."""
+
+_OPTIONS = ("--size-range", "256:1024", "--calibration-size", "512", "--steps", "2", "--batch", "1")
+
+
+def measure(console: Console, watched: Watched) -> dict[str, Any]:
+    """Compile it to int8, then to int4, which shares the recorded runs and all but the UNet."""
+    from optimizer.worker import run_stage
+    from runners.bundle import read_manifest
+
+    rows = {}
+    with tempfile.TemporaryDirectory() as private:
+        folder = Path(private)
+        (folder / "model").mkdir()
+        environment = {**os.environ, "KILN_CACHE": str(folder / "cache")}
+        with console.stage("Full-size SDXL: make weights") as stage:
+            target = "benchmarks.full_models:make_sdxl"
+            run_stage(target, (folder / "model",), progress=stage.progress)
+        for quant in ("int8", "int4"):
+            out = folder / quant
+            command = [sys.executable, "-m", "runners.cli", "compile", str(folder / "model")]
+            options = ["--quant", quant, *_OPTIONS, "-o", str(out)]
+            with console.stage(f"Full-size SDXL: compile, {quant}"):
+                seconds, peak = watched([*command, *options], environment)
+            manifest = read_manifest(out)
+            denoiser = manifest.component("denoiser")
+            assert manifest.speed is not None
+            rows[quant] = {
+                "seconds": round(seconds, 1),
+                "peak_rss_bytes": peak,
+                "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
+                "denoiser_bytes": denoiser.engine_bytes,
+                "denoiser_fp32_bytes": denoiser.fp32_bytes,
+                "layers": denoiser.layers_quantized,
+                "layers_low_bit": denoiser.layers_low_bit,
+                "sqnr_db": denoiser.sqnr_db,
+                "oracle_sqnr_db": denoiser.oracle_sqnr_db,
+                "step": json.loads(manifest.speed.model_dump_json()),
+                "stages": _stage_seconds(folder / "cache"),
+            }
+    return {"options": _OPTIONS, "rows": rows}
+
+
+def _stage_seconds(cache: Path) -> dict[str, list[float]]:
+    """Kind of stage -> what each of them took that is in the store by now."""
+    found: dict[str, list[float]] = {}
+    for path in sorted(cache.glob("v*/*/*/seconds.txt")):
+        found.setdefault(path.parent.parent.name, []).append(float(path.read_text("utf-8")))
+    return found

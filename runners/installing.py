@@ -15,6 +15,7 @@ from pathlib import Path
 from profiles.errors import BundleError, DiskFullError, PartialError, SpecError, UnsupportedError
 from profiles.hardware import free_disk_bytes
 from profiles.target import parse_target
+from runners.compatibility import compatibility
 from runners.console import Console, Stage
 from runners.fetching import PlacedFile
 from runners.files import check_file
@@ -22,6 +23,7 @@ from runners.installed import Installed, Pointer, add_version, files_by_digest, 
 from runners.manifest import FileEntry
 from runners.offers import Verified, offer_of, verified
 from runners.private import abandoned, flush_folder, flush_tree, private_folder, remove
+from runners.selftest import facts_for
 from runners.trust import Trust
 from runners.writing import hash_and_link, write_verified
 
@@ -76,6 +78,7 @@ def install(request: Request, trust: Trust, console: Console) -> Result:
         )
     found = verified(offer, trust)
     _require_target(found, request.only)
+    _say_fit(found, console)
     result = Result(
         name=name,
         version=found.version,
@@ -95,6 +98,13 @@ def install(request: Request, trust: Trust, console: Console) -> Result:
     record = Installed(key_id=result.key_id, bytes=result.bytes)
     result.pointer = add_version(request.root, name, found.version, record)
     return result
+
+
+def _say_fit(found: Verified, console: Console) -> None:
+    """Say, before gigabytes are fetched, that it won't run here; it may be for other machines."""
+    verdict = compatibility(found.manifest, facts_for(found.manifest), bundle=found.offer.name)
+    if not verdict.outcome.runs:
+        console.info(f"Warning: {found.offer.name} won't run on this machine. {verdict.sentence}")
 
 
 def _require_target(found: Verified, only: str | None) -> None:

@@ -208,6 +208,20 @@ def test_a_bundle_is_chosen_by_what_it_was_built_for(shop: Shop) -> None:
         shop.install(only="sm75")
 
 
+def test_a_bundle_for_other_machines_is_installed_with_a_warning(kiln: Kiln, shop: Shop) -> None:
+    from profiles.facts import read_facts
+
+    if read_facts(ask_driver=True).cards:
+        pytest.skip("there is a card")
+    shop.pack(for_cards(shop, "older", ("8.6",), 1), "older")
+    shop.pack(shop.toy("fits", seed=2), "fits")
+    arguments = ("install", shop.out, "--trust", shop.public, "--to", shop.root, "--only")
+    ended = kiln(*arguments, "older")
+    assert ended.code == 0
+    assert "Warning: older won't run on this machine. " in ended.err
+    assert "Warning" not in kiln(*arguments, "fits").err
+
+
 def test_a_wrong_listing_does_not_choose(shop: Shop) -> None:
     """The index isn't signed; the manifest is."""
     shop.pack(for_cards(shop, "older", ("8.6",), 1), "older")

@@ -118,6 +118,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
             )
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("optimizer.compile.run_stage", _run_here)
+                patch.setattr("optimizer.measure._ROUNDS", (1, 1))  # no test looks at times
                 compile_bundle(recipe, out, console=Console())
         return out
 

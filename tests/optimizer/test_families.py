@@ -39,7 +39,7 @@ TASK = {"sd1-inpaint": "inpaint", "sdxl-refiner": "img2img"}
 """That of the pipeline's own class, where it isn't text-to-image."""
 ABSENT = {"sd3-clips": {"text_encoder_3": None, "tokenizer_3": None}}
 """What diffusers wants to be told beside the folder."""
-SLOW = ("sd3-clips",)
+SLOW = ("flux-schnell", "sd3-clips")
 
 
 @pytest.fixture(scope="module")

@@ -250,7 +250,12 @@ def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "quant"),
-    [("onnxruntime", "int4"), ("eager", "int4"), ("eager", "nf4"), ("eager", "fp8")],
+    [
+        ("onnxruntime", "int4"),
+        pytest.param("eager", "int4", marks=pytest.mark.slow),
+        ("eager", "nf4"),
+        ("eager", "fp8"),
+    ],
 )
 def test_a_level_loses_on_every_backend_what_the_oracle_loses(
     bundle: MakeBundle, backend: str, quant: str

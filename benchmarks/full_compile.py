@@ -17,7 +17,7 @@ __all__ = ["Watched", "measure"]
 Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
 """A command and its environment -> seconds, and peak resident bytes."""
 
-_OPTIONS = ("--size-range", "256:1024", "--calibration-size", "512", "--steps", "2", "--batch", "1")
+_OPTIONS = ("--size-range", "256:1024", "--calibration-size", "256", "--steps", "2", "--batch", "1")
 
 
 def measure(console: Console, watched: Watched) -> dict[str, Any]:

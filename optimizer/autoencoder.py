@@ -50,7 +50,12 @@ class AutoencoderSource:
 
 
 def with_autoencoder(
-    source: ModelSource, name: str, *, revision: str | None, console: Console | None = None
+    source: ModelSource,
+    name: str,
+    *,
+    revision: str | None,
+    console: Console | None = None,
+    always_hash: bool = False,
 ) -> ModelSource:
     """The model with the autoencoder `name` in the place of its own VAE.
 
@@ -63,24 +68,29 @@ def with_autoencoder(
             "from the model that it was exported from, or leave --vae out."
         )
     own = source.component_config("vae")
-    vae = resolve_autoencoder(name, revision=revision, console=console)
+    vae = resolve_autoencoder(name, revision=revision, console=console, always_hash=always_hash)
     found = replace(source, vae=vae)
     require_fitting(found.component_config("vae"), own, where=f"--vae {name}")
     return found
 
 
 def resolve_autoencoder(
-    name: str, *, revision: str | None, console: Console | None = None
+    name: str,
+    *,
+    revision: str | None,
+    console: Console | None = None,
+    always_hash: bool = False,
 ) -> AutoencoderSource:
     """Find or fetch an autoencoder, and check every file of it that is used.
 
+    Files that haven't changed since they were last hashed are hashed with `always_hash` only.
     Raises what `optimizer.source.resolve` raises for a model.
     """
     path = Path(name).expanduser()
     if revision is not None and path.exists():
         raise SpecError(f"--vae {name} is on disk and has no revisions: leave --vae-revision out")
     if path.is_dir():
-        return _source(path, name=name, kind="folder", revision=None)
+        return _source(path, name=name, kind="folder", revision=None, always_hash=always_hash)
     if path.is_file() or not HUB_ID.fullmatch(name):
         seen = "a file" if path.is_file() else "no folder here and no hub id"
         raise SpecError(
@@ -90,15 +100,24 @@ def resolve_autoencoder(
     from optimizer.hub import fetch
 
     found = fetch(name, revision=revision, accepted=(AUTOENCODER,), console=console)
-    return _source(found.folder, name=name, kind="hub", revision=found.revision)
+    return _source(
+        found.folder, name=name, kind="hub", revision=found.revision, always_hash=always_hash
+    )
 
 
 def _source(
-    folder: Path, *, name: str, kind: Literal["folder", "hub"], revision: str | None
+    folder: Path,
+    *,
+    name: str,
+    kind: Literal["folder", "hub"],
+    revision: str | None,
+    always_hash: bool,
 ) -> AutoencoderSource:
     used, class_name = inspect_autoencoder(folder, name=name)
     files = {
-        file: FileDigest((folder / file).stat().st_size, sha256_of(folder / file, always=False))
+        file: FileDigest(
+            (folder / file).stat().st_size, sha256_of(folder / file, always=always_hash)
+        )
         for file in used
     }
     return AutoencoderSource(name, kind, folder, revision, class_name, files)

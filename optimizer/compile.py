@@ -72,7 +72,13 @@ def plan_recipe(
         always_hash=always_hash,
     )
     if recipe.vae is not None:
-        source = with_autoencoder(source, recipe.vae, revision=recipe.vae_revision, console=console)
+        source = with_autoencoder(
+            source,
+            recipe.vae,
+            revision=recipe.vae_revision,
+            console=console,
+            always_hash=always_hash,
+        )
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan

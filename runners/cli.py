@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from profiles.errors import DiskFullError, KilnError, MissingError, OutOfMemory
+from profiles.errors import DiskFullError, KilnError, MissingError, OutOfMemory, SpecError
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -39,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "rollback": "runners.shipping:rollback_command",
     "selftest": "runners.selftest_command:selftest_command",
     "trust": "runners.trusting:trust_command",
+    "uninstall": "runners.shipping:uninstall_command",
     "verify": "runners.verify:verify_command",
 }
 """Command -> module:attribute."""
@@ -64,6 +65,7 @@ _LINES = {
     "rollback": "Go back to the version of a bundle that ran before.",
     "selftest": "Run a bundle's recorded calls and draw its picture.",
     "trust": "Say whose signed bundles may run here.",
+    "uninstall": "Remove an installed bundle, or its old versions.",
     "verify": "Check a bundle against its signature.",
 }
 """Their lines in `kiln --help`, which imports none of them."""
@@ -137,10 +139,21 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise
+        _fail_for(error)
+
+
+def _fail_for(error: OSError) -> None:
+    """Say what a full disk or a missing right means; anything else is a fault of kiln's."""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         name = error.filename or "the disk"
         _fail(f"No space left for {name}: free some and run again.", DiskFullError.exit_code)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        _fail(
+            f"{error.filename} may not be read or written by you ({error.strerror}): change its "
+            "rights, or choose another place with -o, KILN_CACHE, KILN_BUNDLES or KILN_CONFIG.",
+            SpecError.exit_code,
+        )
+    raise error
 
 
 def _fail(sentence: str, code: int) -> None:

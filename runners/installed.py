@@ -31,6 +31,7 @@ __all__ = [
     "add_version",
     "bundles_root",
     "files_by_digest",
+    "forget",
     "located",
     "names",
     "read_pointer",
@@ -195,6 +196,23 @@ def roll_back(root: Path, name: str) -> Pointer:
     )
     _write(root, name, pointer)
     return pointer
+
+
+def forget(root: Path, name: str, gone: list[str]) -> None:
+    """Take versions off the list; with the last one the list itself goes.
+
+    The current one may be among them only if all are.
+    """
+    pointer = read_pointer(root, name)
+    left = {one: record for one, record in pointer.installed.items() if one not in gone}
+    if not left:
+        (root / name / _POINTER).unlink()
+        return
+    assert pointer.current in left, "what runs stays"
+    waiting = pointer.waiting if pointer.waiting in left else None
+    before = tuple(one for one in pointer.before if one in left)
+    update = {"installed": left, "waiting": waiting, "before": before}
+    _write(root, name, pointer.model_copy(update=update))
 
 
 def located(path: Path) -> Path:

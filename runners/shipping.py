@@ -1,4 +1,4 @@
-"""`kiln pack`, `install`, `bundles` and `rollback`: bundles on their way to other machines."""
+"""`kiln pack`, `install`, `bundles`, `rollback`, `uninstall`: bundles on other machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from runners.console import Console
 if TYPE_CHECKING:
     from runners.installing import Result
 
-__all__ = ["bundles_command", "install_command", "pack_command", "rollback_command"]
+__all__ = [
+    "bundles_command",
+    "install_command",
+    "pack_command",
+    "rollback_command",
+    "uninstall_command",
+]
 
 _FILE = click.Path(path_type=Path)
 
@@ -166,3 +172,31 @@ def rollback_command(name: str, root: Path | None, as_json: bool) -> None:  # no
     Console(json_output=as_json).result(
         str(path), {"name": name, "current": pointer.current, "path": str(path)}
     )
+
+
+@click.command("uninstall")
+@click.argument("name")
+@click.option("--version", help="Only this version.")
+@click.option("--old", is_flag=True, help="Only versions that neither run nor wait.")
+@click.option("--in", "root", type=_FILE, help="Folder that `kiln install --to` was given.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line on stdout.")
+def uninstall_command(
+    name: str,
+    version: str | None,
+    old: bool,  # noqa: FBT001
+    root: Path | None,
+    as_json: bool,  # noqa: FBT001
+) -> None:
+    """Remove NAME, or some of its versions; files that other versions have stay theirs."""
+    from profiles.errors import SpecError
+    from runners.installed import bundles_root, require_name
+    from runners.uninstalling import uninstall
+
+    if version is not None and old:
+        raise SpecError("--version and --old exclude each other: give one of them.")
+    root = bundles_root(root)
+    gone = uninstall(root, require_name(name), version=version, old=old)
+    text = (
+        f"Removed from {root / name}: {', '.join(gone)}" if gone else f"{name} has no old version."
+    )
+    Console(json_output=as_json).result(text, {"name": name, "removed": gone})

@@ -102,6 +102,12 @@ def test_every_error_has_its_documented_exit_code(
         (MemoryError(), 13, "Out of memory: close other programs"),
         (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 14, "No space left for a.bin"),
         (OSError(errno.ENOSPC, "No space left on device"), 14, "No space left for the disk"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
+            "/x may not be read or written",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "choose another place with -o"),
     ],
     ids=repr,
 )

@@ -64,6 +64,22 @@ def resolved(model: Path, vae: Path) -> Any:
     return with_autoencoder(resolve(str(model)), str(vae), revision=None)
 
 
+def test_an_autoencoder_is_hashed_again_where_that_is_asked_for(
+    tiny_model: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(_: Path, *, always: bool) -> str:
+        seen.append(always)
+        return "0" * 64
+
+    source = resolve(str(tiny_model))
+    monkeypatch.setattr("optimizer.autoencoder.sha256_of", noted)
+    for always in (False, True):
+        with_autoencoder(source, str(taesd), revision=None, always_hash=always)
+    assert seen == [False, False, True, True]
+
+
 def test_an_autoencoder_kl_is_taken_too(tiny_model: Path, tmp_path: Path) -> None:
     source = resolved(tiny_model, tiny_autoencoder(tmp_path / "other"))
     ours, own = load_module(source, "vae"), load_module(resolve(str(tiny_model)), "vae")

@@ -32,6 +32,7 @@ __all__ = [
     "Way",
     "choose",
     "gib",
+    "is_guided",
     "parts_of",
     "rows",
     "smaller",
@@ -265,6 +266,19 @@ def parts_of(manifest: Manifest) -> Parts | None:
         pipeline=manifest.memory,
         tile=manifest.native_size,
     )
+
+
+def is_guided(manifest: Manifest, guidance: float | None = None) -> bool:
+    """Whether each step runs two prompts at once: its engine has room for both, and the guidance
+    (default: the bundle's, else the pipelines' own, which is more than 1) asks for it.
+    """
+    signature = manifest.component("denoiser").signature
+    names = {spec.name for spec in signature.inputs}
+    batch = {dim.name: dim.max for dim in signature.dims}.get("batch", 1)
+    if batch <= int(manifest.recipe["batch"]) or "timestep_cond" in names:
+        return False  # a distilled model takes the guidance as an input
+    asked = manifest.defaults.get("guidance") if guidance is None else guidance
+    return asked is None or asked > 1
 
 
 def gib(size: int) -> str:

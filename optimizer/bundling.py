@@ -17,6 +17,7 @@ from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
+from optimizer.outlook import predicted_base, predicted_part
 from optimizer.plan import Job, Plan
 from optimizer.requiring import requires_of
 from optimizer.source import ModelSource
@@ -240,7 +241,8 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         selftest_db=built["selftest_db"],
         memory=part_memory(
             built["memory"], target, job.signature, side_min=int(plan.recipe.size_min or 1)
-        ),
+        )
+        or predicted_part(plan, job, engine_bytes),
     )
 
 
@@ -281,6 +283,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             for name, found in file_digests(folder).items()
         },
         tools=versions(libraries),
+        memory=None if all(entry.ran for entry in entries) else predicted_base(plan.denoiser),
         observed=Observed(host=_host(made.hardware), build_seconds=round(made.seconds, 1)),
         speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
     )

@@ -71,10 +71,10 @@ def measure(job: Job, built: Built, *, folder: Path, call: Call) -> PartMemory:
             engine(feeds)
             stays, peak = gauge.resident_bytes(), gauge.peak_bytes()
         seen.append(Seen(_shape(sizes), max(0, stays - before), max(0, peak - before)))
-    return fitted(seen)
+    return fitted(seen, per_shape=engine_class(job.backend).compiles_shapes)
 
 
-def fitted(seen: Sequence[Seen]) -> PartMemory:
+def fitted(seen: Sequence[Seen], *, per_shape: bool = False) -> PartMemory:
     """The coefficients that explain what was seen, and predict none of it too low; no files are
     held.
     """
@@ -84,7 +84,12 @@ def fitted(seen: Sequence[Seen]) -> PartMemory:
     resident = round(stays.pop("constant", 0))
     peak["constant"] = peak.get("constant", 0) - resident
     return PartMemory(
-        held_bytes=0, resident_bytes=resident, stays=stays, peak=peak, source="measured"
+        held_bytes=0,
+        resident_bytes=resident,
+        stays=stays,
+        peak=peak,
+        per_shape=per_shape,
+        source="measured",
     )
 
 
@@ -99,7 +104,7 @@ def _shapes(signature: Signature, *, large: bool) -> list[dict[str, int]]:
     """Sizes of the dims: few and small ones where a call takes seconds."""
     dims = {dim.name: dim for dim in signature.dims}
     base = {name: dim.nearest(dim.opt) for name, dim in dims.items()}
-    growing = [name for name in ("height", "width", "sequence") if name in dims]
+    growing: list[str] = [name for name in ("height", "width", "sequence") if name in dims]
     if not growing:
         tokens = dims.get("tokens")
         base["batch"] = 1
@@ -141,7 +146,8 @@ def _fit(
     what was measured.
     """
     wanted = np.array([value for _, value in points], dtype=np.float64)
-    best, least = {"constant": float(wanted.max())}, np.inf
+    best: dict[Feature, float] = {"constant": float(wanted.max())}
+    least = np.inf
     for features in choices:
         found, error = _positive(points, wanted, features)
         if error < least - _SQUARED_FROM * wanted.max():

@@ -16,16 +16,18 @@ from optimizer.families import family as family_named
 from optimizer.families.base import Family
 from optimizer.families.outlines import Outline
 from optimizer.layout import PIPELINE, family_of
+from optimizer.plan import Job, Plan
 from optimizer.source import HUB_ID, resolve
 from optimizer.vae_config import completed, require_known
 from profiles import profile as profiles
 from profiles.errors import SpecError
 from profiles.facts import Facts
+from profiles.tiers import Device
 from runners.memory import Feature, PartMemory, Parts, PipelineMemory
 from runners.outlook import Outlook
 from runners.signature import Dim
 
-__all__ = ["model_outlook", "parts_of_model"]
+__all__ = ["model_outlook", "parts_of_model", "predicted_base", "predicted_part"]
 
 _LEVELS: dict[str, tuple[str, float]] = {
     "none": ("keep", 0.0),
@@ -34,11 +36,11 @@ _LEVELS: dict[str, tuple[str, float]] = {
 }
 """Level -> what its layers are, and bytes of a weight: 4 bits and a 16-bit scale for 64 of them."""
 
-_BASE = {"processor": 600 << 20, "card": 500 << 20}
+_BASE: dict[Device, int] = {"processor": 600 << 20, "card": 500 << 20}
 """Of a process: interpreter, torch, diffusers and OpenVINO (585 MB measured of `kiln generate`); of
 a card: CUDA's context and the libraries' kernels (not measured here)."""
 
-_PIXEL_BYTES = {"processor": 60.0, "card": 12.0}
+_PIXEL_BYTES: dict[Device, float] = {"processor": 60.0, "card": 12.0}
 """optimizer.memory_entries of a processor; on a card the decoder's output alone."""
 
 _EXPORT_BYTES, _EXPORT_BASE = 12, 1 << 30
@@ -99,7 +101,6 @@ def parts_of_model(
     """The parts of a model that is compiled for `backend`, its denoiser at each level that the
     backend has.
     """
-    device = "card" if backend.device == "gpu" else "processor"
 
     def part(name: str, level: str = "none") -> PartMemory:
         return _part(outlines[name], level, backend, float_bytes)
@@ -113,9 +114,7 @@ def parts_of_model(
         denoisers={level: part(names["denoiser"][0], level) for level in levels},
         decoder=part(names["vae_decoder"][0]),
         encoder=part(names["vae_encoder"][0]),
-        pipeline=PipelineMemory(
-            base_bytes=_BASE[device], pixel_bytes=_PIXEL_BYTES[device], source="formula"
-        ),
+        pipeline=_pipeline("card" if backend.device == "gpu" else "processor"),
         tile=native,
     )
 
@@ -134,6 +133,31 @@ def _part(outline: Outline, level: str, backend: Backend, float_bytes: int) -> P
         stays=live,
         peak=live,
         source="formula",
+    )
+
+
+def predicted_part(plan: Plan, job: Job, engine_bytes: int) -> PartMemory:
+    """Of an engine that couldn't run where it was built: its files' bytes, and the formulas'
+    activations.
+    """
+    configs = {
+        spec.folder: plan.source.component_config(spec.folder) for spec in plan.family.components
+    }
+    live = plan.family.outlines(configs)[job.spec.name].live
+    scaled: dict[Feature, float] = {n: value * job.float_bytes for n, value in live.items()}
+    return PartMemory(
+        held_bytes=0, resident_bytes=engine_bytes, stays=scaled, peak=scaled, source="formula"
+    )
+
+
+def predicted_base(job: Job) -> PipelineMemory:
+    """Beside the engines of a bundle that couldn't run where it was built."""
+    return _pipeline("card" if BACKENDS[job.backend].device == "gpu" else "processor")
+
+
+def _pipeline(device: Device) -> PipelineMemory:
+    return PipelineMemory(
+        base_bytes=_BASE[device], pixel_bytes=_PIXEL_BYTES[device], source="formula"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from runners.memory import PartMemory, PipelineMemory
 from runners.paths import plain_path, require_distinct
 from runners.requires import Observed, Requires
 from runners.signature import Signature
@@ -21,7 +22,7 @@ __all__ = [
     "Speed",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +116,8 @@ class ComponentEntry(BaseModel):
     """Recorded calls that it is judged on by `kiln selftest`, and where it first runs."""
     selftest_db: float | None = None
     """The least SQNR that is accepted then."""
+    memory: PartMemory | None = None
+    """What it takes of memory; None in bundles older than schema 4."""
 
 
 class Picture(BaseModel):
@@ -169,6 +172,8 @@ class Manifest(BaseModel):
     speed: Speed | None
     picture: Picture | None = None
     """None where the engines didn't run where they were built."""
+    memory: PipelineMemory | None = None
+    """What drawing takes beside the engines; None in bundles older than schema 4."""
 
     @model_validator(mode="after")
     def _every_file_is_digested(self) -> Self:

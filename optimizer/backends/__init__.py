@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -70,6 +71,15 @@ class Backend:
     """And as many more where inputs are rounded."""
     build_memory: float = 0.0
     """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
+    weight_bytes: Mapping[str, float] = field(default_factory=dict)
+    """Compute dtype -> bytes that an open engine holds for a float weight, what it reads and what
+    its kernels want of it together; what isn't named takes its own size."""
+    low_bit_copies: float = 1.0
+    """Copies of a quantized weight that it holds."""
+    expands: frozenset[str] = frozenset()
+    """Formats whose weights become fp32 when an engine opens."""
+    layer_bytes: int = 0
+    """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
     runs: Runs = field(kw_only=True)
 
 
@@ -91,6 +101,13 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.openvino",
             _INTEGERS | {"w4a16-dynamic"},
             frozenset({("w8a8", 2), ("w8a8", 4)}),
+            # 32 linears of 134 M weights: fp32 8.1 bytes; fp16 (how bf16 is stored) widened and
+            # repacked 8.1; int8 2.1 to 2.2. Convolutions of 4 bits, or 8 alone, expand: a small
+            # UNet took 4.4 (FACTS.md)
+            weight_bytes={"fp32": 8.1, "bf16": 8.1},
+            low_bit_copies=2.1,
+            expands=frozenset({"w4a16", "w4a16-zero-points", "w8a16"}),
+            layer_bytes=700_000,  # the reference model's engines: 114, 27 and 13 MB
             runs=Runs("minimum"),  # IR version 11 is read by every later release (so far)
         ),
         Backend(
@@ -101,6 +118,8 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.onnxruntime",
             _INTEGERS,
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
+            weight_bytes={"fp32": 8.0},  # the file in memory, and packed for its kernels
+            low_bit_copies=2.0,
             runs=Runs("minimum"),  # an older one may lack an operator, or run it otherwise
         ),
         Backend(
@@ -150,6 +169,8 @@ BACKENDS: dict[str, Backend] = {
             "torch",
             "optimizer.backends.eager",
             _INTEGERS | _FLOATS,
+            weight_bytes={"fp32": 8.0, "bf16": 4.0},  # the file, and the module's own
+            low_bit_copies=2.0,
             runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take
         ),
     )

@@ -147,7 +147,7 @@ def result_document(result: CompileResult) -> dict[str, Any]:
         "reused": result.reused,
         "key": manifest.key,
         "components": [
-            entry.model_dump(mode="json", include=_RESULT_FIELDS) for entry in manifest.components
+            entry.model_dump(mode="json", include=_RESULT_FIELDS) for entry in manifest.engines
         ],
         "speed": manifest.speed.model_dump(mode="json") if manifest.speed else None,
     }
@@ -161,8 +161,8 @@ def result_text(result: CompileResult) -> str:
 
 def _quality(manifest: Manifest) -> str:
     entry = manifest.component("denoiser")
-    total = sum(item.engine_bytes for item in manifest.components)
-    fp32 = sum(item.fp32_bytes for item in manifest.components)
+    total = sum(item.engine_bytes for item in manifest.engines)
+    fp32 = sum(item.fp32_bytes for item in manifest.engines)
     parts = [
         f"{total / 1e6:.1f} MB ({total / fp32:.2f}x of fp32)",
         f"denoiser {entry.quant}/{entry.dtype} on {entry.backend}",

@@ -59,6 +59,4 @@ def load(
 
     from runners.pipeline import load as load_pipeline  # torch and all: only for verified bytes
 
-    return load_pipeline(
-        opened, task=task, threads=threads, variant=variant, residency=residency
-    )
+    return load_pipeline(opened, task=task, threads=threads, variant=variant, residency=residency)

@@ -189,7 +189,6 @@ class VaeAdapter(Adapter):
         image = self._called(self._decoder(), "latent", z, pixels=self._factor)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-
     @property
     def _factor(self) -> int:
         """Pixels of a latent's side."""

@@ -110,9 +110,7 @@ class Embedder:
     def _tokenizer(self, encoder: str | None) -> Any:
         return getattr(self._pipeline, str(encoder).replace("text_encoder", "tokenizer"))
 
-    def _embedded(
-        self, read: _Read, chunks: int, length: int, fit: tuple[str, int]
-    ) -> Embedded:
+    def _embedded(self, read: _Read, chunks: int, length: int, fit: tuple[str, int]) -> Embedded:
         dropped, room = fit
         parts = [self._chunk(read, index) for index in range(chunks) if self._way.hidden]
         if self._t5 is not None and read.t5 is not None:

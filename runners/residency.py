@@ -1,4 +1,4 @@
-"""Which of a bundle's engines are open: all that were asked for, or those of one stage at a time."""
+"""Which of a bundle's engines are open: all that were asked for, or one stage's at a time."""
 
 from __future__ import annotations
 

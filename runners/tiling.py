@@ -53,8 +53,8 @@ def in_tiles(
             total = made.new_zeros(len(x), made.shape[1], height, width)
             weight = made.new_zeros(len(x), 1, height, width)
         share = torch.outer(
-            _share(x.shape[-2], sides[0], rows, top, up / down),
-            _share(x.shape[-1], sides[1], columns, left, up / down),
+            _share(sides[0], rows, top, up / down),
+            _share(sides[1], columns, left, up / down),
         ).to(made)
         y, x0 = top * up // down, left * up // down
         place = (
@@ -69,7 +69,7 @@ def in_tiles(
     return total.div_(weight)
 
 
-def _share(length: int, tile: int, all_starts: list[int], start: int, factor: float) -> Tensor:
+def _share(tile: int, all_starts: list[int], start: int, factor: float) -> Tensor:
     """What a tile counts for along one side, place by place of the result.
 
     Whole where no other tile reaches; across an overlap it rises from nothing to whole, and what it

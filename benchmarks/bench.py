@@ -31,6 +31,7 @@ _HELP_RUNS = 9
         [
             *("startup", "compile", "reference", "full-size"),
             *("quantize", "analyze", "tensorrt", "install", "sdxl"),
+            *("memory", "memory-full"),
         ]
     ),
     multiple=True,
@@ -268,6 +269,20 @@ def _sdxl(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console, _watched)
 
 
+def _memory(out: Path, console: Console) -> dict[str, Any]:
+    """What `kiln plan` predicts of the reference model against fresh processes' peaks."""
+    from benchmarks.memory import measure_reference
+
+    return measure_reference(_MODEL, out, console)
+
+
+def _memory_full(_out: Path, console: Console) -> dict[str, Any]:
+    """The same of full-size models with random weights."""
+    from benchmarks.memory import measure_full_size
+
+    return measure_full_size(console)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -278,6 +293,8 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "tensorrt": _tensorrt,
     "install": _install,
     "sdxl": _sdxl,
+    "memory": _memory,
+    "memory-full": _memory_full,
 }
 
 
@@ -341,4 +358,9 @@ def _text(document: dict[str, Any]) -> str:
                 f", denoiser {row['denoiser_bytes'] / 1e6:.0f} MB, {row['layers_low_bit']} of "
                 f"{row['layers']} layers on low-bit kernels, {row['sqnr_db']:.1f} dB"
             )
+    for name, title in (("memory", "reference model"), ("memory-full", "full-size models")):
+        if found := document.get(name):
+            from benchmarks.memory import text
+
+            lines += text(found, title)
     return "\n".join(lines)

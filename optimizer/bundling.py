@@ -16,6 +16,8 @@ import psutil
 from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
+from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
+from optimizer.outlook import predicted_base, predicted_part
 from optimizer.plan import Job, Plan
 from optimizer.requiring import requires_of
 from optimizer.source import ModelSource
@@ -148,11 +150,13 @@ def _with_picture(plan: Plan, manifest: Manifest, folder: Path, draw: Draw) -> M
         side=-(-least // step) * step,
         least_psnr_db=_LEAST_PSNR_DB,
     )
-    path = folder / _PICTURE
-    shutil.copyfile(draw(folder, manifest, picture), path)
+    path, drawn = folder / _PICTURE, draw(folder, manifest, picture)
+    shutil.copyfile(drawn, path)
     entry = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
     files = {**manifest.files, _PICTURE: entry}
-    return manifest.model_copy(update={"files": files, "picture": picture})
+    peak = json.loads(drawn.with_name(PEAK_NAME).read_text("utf-8"))["peak_rss_bytes"]
+    memory = calibrated(manifest, side=picture.side, peak_bytes=peak)
+    return manifest.model_copy(update={"files": files, "picture": picture, "memory": memory})
 
 
 @contextmanager
@@ -235,6 +239,10 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         ran=built["ran"],
         selftest=built["selftest"] and placed[built["selftest"]],
         selftest_db=built["selftest_db"],
+        memory=part_memory(
+            built["memory"], target, job.signature, side_min=int(plan.recipe.size_min or 1)
+        )
+        or predicted_part(plan, job, engine_bytes),
     )
 
 
@@ -285,6 +293,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             for name, found in file_digests(folder).items()
         },
         tools=versions(libraries),
+        memory=None if all(entry.ran for entry in entries) else predicted_base(plan.denoiser),
         observed=Observed(host=_host(made.hardware), build_seconds=round(made.seconds, 1)),
         speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
     )

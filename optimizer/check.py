@@ -13,6 +13,7 @@ import psutil
 
 from optimizer.backends import Built, builder
 from optimizer.calls import Call, load_calls, save_calls
+from optimizer.footprint import measure
 from optimizer.numerics import worst_sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
@@ -67,6 +68,8 @@ def build_and_check(
         total = engine_db(engine, steps.counting(calls.values()))
         least = engine_db(engine, smallest.values())
         low_bit = builder(job.backend).low_bit_layers(engine) if ran else built.low_bit_layers
+    first = next(iter(calls.values()))
+    memory = measure(job, built, folder=out, call=first) if ran else None
     _require_low_bits(job, low_bit)
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
@@ -81,6 +84,7 @@ def build_and_check(
         "layers_low_bit": low_bit,
         "load_seconds": round(load_seconds, 3) if ran else None,
         "ran": ran,
+        "memory": memory and memory.model_dump(mode="json"),
         "selftest": _SELFTEST,
         # what was accepted here is accepted there: small shapes scatter more than whole runs do
         "selftest_db": min(
@@ -89,7 +93,7 @@ def build_and_check(
     }
     judged = smallest
     if not ran:
-        judged = {"first": next(iter(calls.values())), **unseen}
+        judged = {"first": first, **unseen}
         document["selftest_db"] = min(
             limit_db(db, job.dtype)
             for db in (oracle["sqnr_db"], *oracle["unseen_sqnr_db"].values())

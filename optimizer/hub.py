@@ -23,7 +23,7 @@ from runners.console import Console
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-__all__ = ["HubModel", "fetch"]
+__all__ = ["HubModel", "fetch", "fetch_configs"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,29 @@ def fetch(
             console.info(f"{model}: {why}; what its cache has is used")
             return found
         return _download(model, info, accepted, revision=revision, console=console)
+
+
+def fetch_configs(model: str) -> Path:
+    """Where the configs of a hub model lie: they alone are downloaded, or taken from the cache.
+
+    Raises as `fetch`.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    wanted = [PIPELINE, "*/config.json", "*/scheduler_config.json"]
+    with _explained(model, None):
+        try:
+            found = snapshot_download(model, allow_patterns=wanted)
+        except Exception as error:
+            if not constants.HF_HUB_OFFLINE and not _is_about_network(error):
+                raise
+            raise MissingError(
+                f"{model} isn't in the hub's cache, and the hub can't be reached: run `kiln pull "
+                f"{model}` with a connection, or name its family."
+            ) from error
+    if not (Path(found) / PIPELINE).is_file():
+        raise SpecError(f"the hub model {model} is no diffusers pipeline: it has no {PIPELINE}")
+    return Path(found)
 
 
 def _download(

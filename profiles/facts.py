@@ -21,9 +21,9 @@ from profiles.driver import Card, Driver, read_driver
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Cpu, Hardware, read_cpu, read_glibc, read_machine, read_memory
 from profiles.libraries import BESIDE, LIBRARIES, version_of
+from profiles.tiers import matching
 
 __all__ = [
-    "TIERS",
     "BackendFacts",
     "Facts",
     "installed_libraries",
@@ -31,12 +31,6 @@ __all__ = [
     "read_facts",
     "tier_of",
 ]
-
-TIERS = {"entry": 8, "mid-range": 12, "performance": 16, "professional": 24}
-"""Tier -> GiB of the smallest card that is in it, by the guide that the project grew from."""
-
-_BELOW = 0.94
-"""The driver reports up to 6 % less memory than a card is sold with (profiles/gpu)."""
 
 _T = TypeVar("_T")
 
@@ -74,7 +68,8 @@ class Facts(Hardware):
     profile: str | None
     """Of profiles/cpu, the one that fits the processor best."""
     tier: str
-    """One of `TIERS` by the largest card's memory, "below entry", or "processor" without a card."""
+    """A card's of `profiles.tiers` by the largest card's memory, "below entry", or "processor"
+    without a card."""
     unread: tuple[str, ...] = ()
     """Facts that couldn't be read, with the reason; they are empty or 0 above."""
 
@@ -160,9 +155,8 @@ def tier_of(cards: tuple[Card, ...]) -> str:
     """The tier of the largest card's memory."""
     if not cards:
         return "processor"
-    gib = max(card.memory_bytes or 0 for card in cards) / 2**30
-    fitting = [name for name, least in TIERS.items() if gib >= _BELOW * least]
-    return fitting[-1] if fitting else "below entry"
+    found = matching(max(card.memory_bytes or 0 for card in cards), "card")
+    return found.name if found else "below entry"
 
 
 def _backends(installed: Mapping[str, str], driver: Driver | None) -> tuple[BackendFacts, ...]:

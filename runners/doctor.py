@@ -46,7 +46,8 @@ def _lines(facts: Facts) -> Iterator[str]:
         yield f"card       {card.name}, compute capability {card.capability}, {memory}"
     if facts.driver:
         yield f"driver     {facts.driver}, CUDA up to {facts.cuda}"
-    yield f"profile    {facts.profile or 'none fits'}, tier {facts.tier}"
+    yield f"profile    {facts.profile or 'none fits'}"
+    yield f"tier       {_tier(facts)}"
     for one in facts.backends:
         state = "usable" if one.usable else f"not usable: {one.fix}"
         yield f"backend    {one.name:<13}{one.version or 'not installed':<15}{state}"
@@ -54,6 +55,14 @@ def _lines(facts: Facts) -> Iterator[str]:
         yield f"{'pass' if passes else 'advice':<11}{what}: {words}"
     for fact in facts.unread:
         yield f"not read   {fact}"
+
+
+def _tier(facts: Facts) -> str:
+    """The matched tier in words: of the largest card, or of the machine's memory without one."""
+    from profiles.tiers import tier_for
+
+    found = tier_for(facts)
+    return found.describe() if found else "below the smallest: the least is 8 GB"
 
 
 def advice(facts: Facts) -> Iterator[tuple[str, bool, str]]:

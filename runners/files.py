@@ -17,7 +17,14 @@ from runners import receipts
 from runners.engines.base import Buffer
 from runners.manifest import FileEntry
 
-__all__ = ["MAPPED_FROM", "check_file", "opened", "read_optional", "verified_buffer"]
+__all__ = [
+    "MAPPED_FROM",
+    "check_file",
+    "mapped",
+    "opened",
+    "read_optional",
+    "verified_buffer",
+]
 
 _CHUNK = 1 << 22
 MAPPED_FROM = 64 << 20
@@ -56,6 +63,12 @@ def verified_buffer(
             digest = _digest(file, buffer, facts, always_hash=always_hash)
     _require((entry.size, digest), entry, folder, name)
     return buffer
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """A file of this machine's own cache, mapped as a bundle's large files are."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def check_file(folder: Path, name: str, entry: FileEntry) -> None:
@@ -198,9 +211,18 @@ def _digest(file: int, buffer: Buffer, before: os.stat_result, *, always_hash: b
     if not always_hash and (known := receipts.known(before)) is not None:
         return known
     digest, after = _sha256(buffer), os.fstat(file)
+    _untouch(buffer)
     if receipts.same_state(before, after):
         receipts.note(before, digest)
     return digest
+
+
+def _untouch(buffer: Buffer) -> None:
+    """Let go of a mapping's pages that hashing has touched: they come back from the system's cache
+    when an engine reads them, and count for nothing before.
+    """
+    if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        buffer.madvise(mmap.MADV_DONTNEED)
 
 
 def _sha256(buffer: Buffer) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "Way",
     "choose",
     "gib",
+    "is_guided",
     "parts_of",
     "rows",
     "smaller",
@@ -87,6 +88,8 @@ class PartMemory(BaseModel):
     """Of what stays beside as long as the engine is open: its buffers."""
     peak: _Coefficients
     """Of the most that is taken above `resident_bytes`, while it opens or runs."""
+    per_shape: bool = False
+    """Whether a second shape (a last, smaller batch) takes all of it once more."""
     source: Literal["measured", "formula"]
     """Whether the coefficients are fitted to measured shapes, or a family's formulas."""
 
@@ -139,6 +142,8 @@ class Asked:
     width: int
     height: int
     batch: int = 1
+    count: int | None = None
+    """Pictures in all; None: one batch."""
     guided: bool = True
     """Whether each step runs the prompt and the negative prompt at once."""
     tokens: int = 77
@@ -267,6 +272,19 @@ def parts_of(manifest: Manifest) -> Parts | None:
     )
 
 
+def is_guided(manifest: Manifest, guidance: float | None = None) -> bool:
+    """Whether each step runs two prompts at once: its engine has room for both, and the guidance
+    (default: the bundle's, else the pipelines' own, which is more than 1) asks for it.
+    """
+    signature = manifest.component("denoiser").signature
+    names = {spec.name for spec in signature.inputs}
+    batch = {dim.name: dim.max for dim in signature.dims}.get("batch", 1)
+    if batch <= int(manifest.recipe["batch"]) or "timestep_cond" in names:
+        return False  # a distilled model takes the guidance as an input
+    asked = manifest.defaults.get("guidance") if guidance is None else guidance
+    return asked is None or asked > 1
+
+
 def gib(size: int) -> str:
     """Bytes as the user reads them: to a hundredth of a GiB."""
     return f"{size / 2**30:.2f} GiB"
@@ -289,7 +307,7 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
     """Each stage's peak: the base, the files of all parts, what earlier stages kept open, its own
     rise.
     """
-    denoiser = parts.denoisers[way.variant]
+    denoiser, rest = parts.denoisers[way.variant], (asked.count or 0) % way.batch
     whole = [*parts.text_encoders, denoiser, parts.decoder, *filter(None, [parts.encoder])]
     base = parts.pipeline.base_bytes + sum(part.held_bytes for part in whole)
     kept = 0
@@ -306,12 +324,21 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
         yield Stage("encoding", base + kept + parts.encoder.peak_bytes(vae) + pictures)
         kept += parts.encoder.open_bytes(vae) if way.residency == "keep" else 0
 
-    step = Shape((2 if asked.guided else 1) * way.batch, asked.pixels, asked.tokens)
-    yield Stage("denoising", base + kept + denoiser.peak_bytes(step))
-    kept += denoiser.open_bytes(step) if way.residency == "keep" else 0
+    prompts = 2 if asked.guided else 1
+    step = Shape(prompts * way.batch, asked.pixels, asked.tokens)
+    last = Shape(prompts * rest, asked.pixels, asked.tokens)
+    yield Stage("denoising", base + kept + denoiser.peak_bytes(step) + _again(denoiser, last))
+    kept += denoiser.open_bytes(step) + _again(denoiser, last) if way.residency == "keep" else 0
 
     decoding = max(parts.decoder.peak_bytes(vae), parts.decoder.open_bytes(vae) + pictures)
+    if not way.tiled:
+        decoding += _again(parts.decoder, Shape(rest, asked.pixels, asked.tokens))
     yield Stage("decoding", base + kept + decoding)
+
+
+def _again(part: PartMemory, shape: Shape) -> int:
+    """What a last, smaller batch takes beside the others' shape; nothing where there is none."""
+    return part.open_bytes(shape) if part.per_shape and shape.batch else 0
 
 
 def _picture_bytes(parts: Parts, asked: Asked, way: Way) -> int:

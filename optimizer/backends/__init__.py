@@ -70,6 +70,15 @@ class Backend:
     """And as many more where inputs are rounded."""
     build_memory: float = 0.0
     """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
+    float_copies: float = 1.0
+    """Copies of a float weight that an open engine holds: what it reads, and as its kernels want
+    it."""
+    low_bit_copies: float = 1.0
+    """And of a quantized one."""
+    expands: frozenset[str] = frozenset()
+    """Formats whose weights become fp32 when an engine opens."""
+    layer_bytes: int = 0
+    """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
     runs: Runs = field(kw_only=True)
 
 
@@ -91,6 +100,10 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.openvino",
             _INTEGERS | {"w4a16-dynamic"},
             frozenset({("w8a8", 2), ("w8a8", 4)}),
+            float_copies=2.0,  # a half-width UNet in bf16: 5.4 bytes a weight, activations too
+            low_bit_copies=1.0,  # the same in int8: 1.25
+            expands=frozenset({"w4a16", "w4a16-zero-points", "w8a16"}),  # in int4: 4.4 (FACTS.md)
+            layer_bytes=700_000,  # the reference model's engines: 114, 27 and 13 MB
             runs=Runs("minimum"),  # IR version 11 is read by every later release (so far)
         ),
         Backend(
@@ -101,6 +114,8 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.onnxruntime",
             _INTEGERS,
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
+            float_copies=2.0,  # the file in memory, and packed for its kernels
+            low_bit_copies=2.0,
             runs=Runs("minimum"),  # an older one may lack an operator, or run it otherwise
         ),
         Backend(
@@ -150,6 +165,8 @@ BACKENDS: dict[str, Backend] = {
             "torch",
             "optimizer.backends.eager",
             _INTEGERS | _FLOATS,
+            float_copies=2.0,  # the file, and the module's own
+            low_bit_copies=2.0,
             runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take
         ),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from optimizer.families.outlines import Outline
 from runners.signature import Dim, Signature
 
 __all__ = ["ComponentSpec", "Family", "FewStep", "Ranges", "Role"]
@@ -112,6 +113,10 @@ class Family:
     few_step: Callable[[Mapping[str, Mapping[str, Any]], str | None], FewStep | None]
     """Configs (the scheduler's too) and what `--few-step` names -> how it is drawn with; None for
     an ordinary model. Without a name, what the configs say by themselves."""
+    outlines: Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Outline]]
+    """Component configs -> each component's weights and live numbers, by closed formulas."""
+    text_tokens: int
+    """That prompts are padded to where nothing else is asked for: what the denoiser reads."""
     few_step_kinds: tuple[str, ...] = ()
     """What `--few-step` may name."""
 

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from optimizer.families.base import ComponentSpec, Family, FewStep, Ranges
 from optimizer.families.flux_checkpoint import owns_checkpoint
+from optimizer.families.outlines import (
+    Counted,
+    Outline,
+    clip_outline,
+    linear,
+    plain,
+    t5_outline,
+    total,
+    vae_outlines,
+)
 from optimizer.families.parts import (
     VAE,
     WAVES,
+    Config,
     Configs,
     batch,
     clip_signature,
@@ -89,6 +100,48 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     }
 
 
+_LIVE = 14
+"""Live numbers of a token within a single block, in widths: input and norm's, queries, keys and
+values, the feed-forward's twice 4, and its 4 beside attention's output."""
+
+
+def outlines(configs: Configs) -> dict[str, Outline]:
+    """What the components weigh and hold."""
+    return {
+        "text_encoder": clip_outline(configs["text_encoder"]),
+        "text_encoder_2": t5_outline(configs["text_encoder_2"]),
+        "transformer": _transformer(configs["transformer"], size_step(configs)),
+        **vae_outlines(configs["vae"]),
+    }
+
+
+def _transformer(config: Config, step: int) -> Outline:
+    head, channels = int(config["attention_head_dim"]), int(config["in_channels"])
+    width = int(config["num_attention_heads"]) * head
+    feed = linear(width, 4 * width) + linear(4 * width, width)
+    double = linear(width, 6 * width) * 2 + linear(width, width) * 8 + feed * 2 + plain(4 * head)
+    single = total(
+        [
+            linear(width, 3 * width) * 2,  # the norm's, and queries, keys and values
+            linear(width, 4 * width),
+            linear(5 * width, width),
+            plain(2 * head),
+        ]
+    )
+    single = Counted(single.parameters, single.in_layers, single.layers + 2)
+    waves = (linear(WAVES, width) + linear(width, width)) * (2 if config["guidance_embeds"] else 1)
+    counted = total(
+        [
+            double * int(config["num_layers"]) + single * int(config["num_single_layers"]),
+            waves + linear(int(config["pooled_projection_dim"]), width) + linear(width, width),
+            linear(int(config["joint_attention_dim"]), width) + linear(channels, width),
+            linear(width, 2 * width) + linear(width, int(config["out_channels"] or channels)),
+        ]
+    )
+    live = _LIVE * width
+    return Outline(counted, {"pixels": live / step**2, "tokens": live})
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
@@ -120,4 +173,6 @@ FLUX = Family(
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
     few_step=few_step,
+    outlines=outlines,
+    text_tokens=_TOKENS.opt,
 )

@@ -14,6 +14,7 @@ from runners.signature import Dim, Signature, TensorSpec
 __all__ = [
     "VAE",
     "WAVES",
+    "Config",
     "Configs",
     "batch",
     "clip_signature",

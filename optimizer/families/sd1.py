@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.few_step import FEW_STEP, unet_few_step
+from optimizer.families.outlines import Outline, clip_outline, vae_outlines
 from optimizer.families.parts import (
     VAE,
     Config,
@@ -19,6 +20,7 @@ from optimizer.families.parts import (
     vae_factor,
     vae_signatures,
 )
+from optimizer.families.unet_outline import unet_outline
 from runners.signature import Signature, TensorSpec
 
 __all__ = [
@@ -94,6 +96,15 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     }
 
 
+def outlines(configs: Configs) -> dict[str, Outline]:
+    """What the components weigh and hold."""
+    return {
+        "text_encoder": clip_outline(configs["text_encoder"]),
+        "unet": unet_outline(configs["unet"], vae_factor(configs)),
+        **vae_outlines(configs["vae"]),
+    }
+
+
 def owns_checkpoint(keys: Mapping[str, tuple[int, ...]]) -> bool:
     """A latent-diffusion UNet whose cross-attention is 768 (1.x) or 1024 (2.x) wide."""
     probe = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -121,5 +132,7 @@ SD1 = Family(
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
     few_step=unet_few_step,
+    outlines=outlines,
+    text_tokens=77,
     few_step_kinds=tuple(FEW_STEP),
 )

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from optimizer.families.base import ComponentSpec, Family, FewStep, Ranges
+from optimizer.families.outlines import (
+    Outline,
+    clip_outline,
+    convolution,
+    linear,
+    plain,
+    t5_outline,
+    total,
+    vae_outlines,
+)
 from optimizer.families.parts import (
     VAE,
     WAVES,
+    Config,
     Configs,
     clip_signature,
     floats,
@@ -22,6 +33,8 @@ __all__ = ["SD3"]
 
 _T5_TOKENS = (1, 256, 512)
 """diffusers' StableDiffusion3Pipeline: max_sequence_length, at most 512."""
+
+_CLIP_TOKENS = 77
 
 _FEW_STEP = {"turbo": FewStep(4, 0.0)}
 """The card of stabilityai/stable-diffusion-3.5-large-turbo; its scheduler is the others'."""
@@ -79,6 +92,48 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     }
 
 
+_LIVE = 10
+"""Live numbers of a token within the feed-forward, in widths: input, norm's, twice 4."""
+
+
+def outlines(configs: Configs) -> dict[str, Outline]:
+    """What the components weigh and hold."""
+    found = {
+        "text_encoder": clip_outline(configs["text_encoder"]),
+        "text_encoder_2": clip_outline(configs["text_encoder_2"]),
+        "transformer": _transformer(configs["transformer"], vae_factor(configs)),
+        **vae_outlines(configs["vae"]),
+    }
+    if "text_encoder_3" in configs:
+        found["text_encoder_3"] = t5_outline(configs["text_encoder_3"])
+    return found
+
+
+def _transformer(config: Config, factor: int) -> Outline:
+    head, patch = int(config["attention_head_dim"]), int(config["patch_size"])
+    width, layers = int(config["num_attention_heads"]) * head, int(config["num_layers"])
+    dual = len(config.get("dual_attention_layers") or ())
+    norms = head if config.get("qk_norm") else 0
+    feed = linear(width, 4 * width) + linear(4 * width, width)
+    block = linear(width, 6 * width) * 2 + linear(width, width) * 8 + feed * 2 + plain(4 * norms)
+    # the last block's text goes nowhere: no output, no feed-forward, a shorter norm
+    last = linear(width, 6 * width) + linear(width, 2 * width) + linear(width, width) * 7 + feed
+    second = linear(width, width) * 4 + plain(2 * norms + 3 * (width * width + width))
+    embedding = linear(width, width) * 2 + linear(WAVES, width)
+    counted = total(
+        [
+            block * (layers - 1) + last + plain(4 * norms) + second * dual,
+            embedding + linear(int(config["pooled_projection_dim"]), width),
+            convolution(int(config["in_channels"]), width, patch),
+            plain(int(config["pos_embed_max_size"]) ** 2 * width),
+            linear(int(config["joint_attention_dim"]), int(config["caption_projection_dim"])),
+            linear(width, 2 * width) + linear(width, patch**2 * int(config["out_channels"])),
+        ]
+    )
+    live = _LIVE * width
+    return Outline(counted, {"pixels": live / (patch * factor) ** 2, "tokens": live})
+
+
 SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
@@ -115,5 +170,7 @@ SD3 = Family(
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
     few_step=few_step,
+    outlines=outlines,
+    text_tokens=_CLIP_TOKENS + _T5_TOKENS[1],
     few_step_kinds=tuple(_FEW_STEP),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from optimizer.families.base import ComponentSpec, Family, Ranges
 from optimizer.families.few_step import FEW_STEP, unet_few_step
+from optimizer.families.outlines import Outline, clip_outline, vae_outlines
 from optimizer.families.parts import (
     VAE,
     Configs,
@@ -27,6 +28,7 @@ from optimizer.families.sd1 import (
     size_step,
 )
 from optimizer.families.sdxl_checkpoint import owns_checkpoint
+from optimizer.families.unet_outline import unet_outline
 from runners.signature import Signature
 
 __all__ = ["SDXL"]
@@ -70,6 +72,19 @@ def signatures(configs: Configs, ranges: Ranges) -> dict[str, Signature]:
     }
 
 
+def outlines(configs: Configs) -> dict[str, Outline]:
+    """What the components weigh and hold; a refiner has no first text encoder."""
+    return {
+        **{
+            name: clip_outline(configs[name])
+            for name in ("text_encoder", "text_encoder_2")
+            if name in configs
+        },
+        "unet": unet_outline(configs["unet"], vae_factor(configs)),
+        **vae_outlines(configs["vae"]),
+    }
+
+
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
@@ -97,5 +112,7 @@ SDXL = Family(
     size_step=size_step,
     owns_checkpoint=owns_checkpoint,
     few_step=unet_few_step,
+    outlines=outlines,
+    text_tokens=77,
     few_step_kinds=tuple(FEW_STEP),
 )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from mmap import mmap
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, ClassVar, Self, final
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Engine(ABC):
     were hashed. `properties` are the runtime settings that affect numerics; each is set at open
     and read back, and a difference is a BundleError.
     """
+
+    compiles_shapes: ClassVar[bool] = False
+    """Whether each shape is compiled anew, and takes memory of its own."""
 
     def __init__(
         self,

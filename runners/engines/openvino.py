@@ -35,6 +35,8 @@ class OpenVinoEngine(Engine):
     one, FACTS.md); the last two stay compiled.
     """
 
+    compiles_shapes = True
+
     def _open(self) -> None:
         self._core = ov.Core()
         graph = _unpacked(bytes(self.files["graph"]))

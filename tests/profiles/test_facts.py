@@ -158,7 +158,7 @@ def test_the_drivers_own_library_says_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert found is not None
     assert (found.version, found.cuda) == ("570.86.10", "12.8")
     assert found.cards[0].capability == "9.0"
-    assert tier_of(found.cards) == "professional"
+    assert tier_of(found.cards) == "larger"
 
 
 def test_a_library_without_a_driver_means_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,14 @@ def test_a_library_without_a_driver_means_no_cards(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("gib", "tier"),
-    [(6, "below entry"), (7.6, "entry"), (8, "entry"), (12, "mid-range"), (15.9, "performance")],
+    [
+        (6, "below entry"),
+        (7.6, "entry"),
+        (8, "entry"),
+        (12, "mid-range"),
+        (15.9, "performance"),
+        (31.8, "professional"),
+    ],
 )
 def test_a_tier_is_that_of_the_largest_card(gib: float, tier: str) -> None:
     small = Card(name="", capability="8.6", memory_bytes=GIB, memory_free_bytes=0)

@@ -1,0 +1,156 @@
+"""Predicted against measured memory: `kiln plan`'s numbers and the peaks of fresh processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from runners.console import Console
+
+__all__ = ["Case", "measure_full_size", "measure_reference", "peak_of", "text"]
+
+_WAYS: dict[str, tuple[str, ...]] = {"keep": ()}
+"""Residency -> the options of `kiln generate` that ask for it."""
+
+_LEVELS = ("none", "int8", "int4")
+_SIZES = (64, 128, 256)
+_BATCHES = (1, 2)
+_STEPS = 2
+
+Case = tuple[Path, str, int, int]
+"""A bundle, a residency, a side in pixels, pictures at once."""
+
+_FULL: dict[str, tuple[str, tuple[int, ...]]] = {
+    "sd15": ("benchmarks.full_models:make_sd15", (256, 512)),
+    "sdxl": ("benchmarks.full_models:make_sdxl", (256, 512)),
+}
+"""Model -> who makes it with random weights, and the sides that are drawn."""
+
+_FULL_OPTIONS = (
+    *("--size-range", "256:1024", "--calibration-size", "256"),
+    *("--steps", "2", "--batch", "1"),
+)
+
+
+def measure_reference(model: Path, out: Path, console: Console) -> dict[str, Any]:
+    """The reference model at three levels, three sizes and two batches, compiled where it isn't."""
+    rows = []
+    for level in _LEVELS:
+        bundle = out / "memory" / level
+        _compile(model, level, bundle, ("--steps", "4"), console)
+        cases = [(bundle, *one) for one in product(_WAYS, _SIZES, _BATCHES)]
+        with console.stage(f"Draw with {level}", len(cases)) as stage:
+            for case in cases:
+                rows.append({"level": level, **_row(case)})
+                stage.advance()
+    return {"rows": rows, **_worst(rows)}
+
+
+def measure_full_size(console: Console) -> dict[str, Any]:
+    """Stable Diffusion 1.5 and XL with random weights in int8: hours, most of it compiling."""
+    from optimizer.worker import run_stage
+
+    rows = []
+    for name, (target, sides) in _FULL.items():
+        with tempfile.TemporaryDirectory() as private:
+            model, bundle = Path(private) / "model", Path(private) / "bundle"
+            model.mkdir()
+            with console.stage(f"Full-size {name}: make weights") as stage:
+                run_stage(target, (model,), progress=stage.progress)
+            _compile(model, "int8", bundle, _FULL_OPTIONS, console)
+            for way in _WAYS:
+                for side in sides:
+                    with console.stage(f"Full-size {name}: draw at {side}, {way}"):
+                        rows.append({"model": name, **_row((bundle, way, side, 1))})
+    return {"rows": rows, **_worst(rows)}
+
+
+def _compile(
+    model: Path, level: str, bundle: Path, options: tuple[str, ...], console: Console
+) -> None:
+    command = [sys.executable, "-m", "runners.cli", "compile", str(model), "--quant", level]
+    with console.stage(f"Compile {bundle.name} ({level})"):
+        subprocess.run(
+            [*command, *options, "--force", "-o", str(bundle)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def _row(case: Case) -> dict[str, Any]:
+    """One picture, or one batch, in a fresh process: what was predicted of it, and what it took."""
+    from runners.bundle import read_manifest
+    from runners.memory import rows
+    from runners.outlook import outlook_of
+
+    bundle, way, side, batch = case
+    outlook = outlook_of(read_manifest(bundle), str(bundle))
+    wanted = rows(outlook.parts, outlook.asked(side, side, batch), residency=way, tiled=False)  # type: ignore[arg-type]
+    predicted, base = wanted[0].peak_bytes, outlook.parts.pipeline.base_bytes
+    measured = peak_of(_drawing(case))
+    return {
+        "residency": way,
+        "side": side,
+        "batch": batch,
+        "predicted_peak_bytes": predicted,
+        "measured_peak_bytes": measured,
+        "base_bytes": base,
+        "total_error": round(predicted / measured - 1, 4),
+        "above_base_error": round((predicted - base) / (measured - base) - 1, 4),
+        "above_base_error_bytes": predicted - measured,
+    }
+
+
+def _drawing(case: Case) -> list[str]:
+    bundle, way, side, batch = case
+    count = ("--count", str(batch), "--batch", str(batch))
+    drawn = ("--prompt", "a red circle", "--size", f"{side}x{side}", "--steps", str(_STEPS))
+    out = Path(tempfile.gettempdir()) / f"kiln-memory-{os.getpid()}.png"
+    command = [sys.executable, "-m", "runners.cli", "generate", str(bundle)]
+    return [*command, *drawn, *count, *_WAYS[way], "-o", str(out)]
+
+
+def peak_of(command: list[str]) -> int:
+    """The most that a fresh process had resident, as the system counted it (Linux, macOS)."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _worst(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = list(rows)
+    return {
+        "most_over": max(row["total_error"] for row in rows),
+        "most_under": min(row["total_error"] for row in rows),
+        "worst_above_base": max((row["above_base_error"] for row in rows), key=abs),
+        "worst_above_base_bytes": max((row["above_base_error_bytes"] for row in rows), key=abs),
+    }
+
+
+def text(found: Mapping[str, Any], title: str) -> list[str]:
+    """The rows as a table."""
+    lines = [f"{title}: predicted and measured peak"]
+    for row in found["rows"]:
+        name = f"{row.get('model', '')} {row.get('level', '')}".strip()
+        lines.append(
+            f"  {name:<6}{row['residency']:<12}{row['side']:>5} px, {row['batch']} at once:"
+            f"{row['predicted_peak_bytes'] / 1e6:>8.0f}{row['measured_peak_bytes'] / 1e6:>8.0f} MB"
+            f"{100 * row['total_error']:>+7.2f} %, above the base"
+            f"{100 * row['above_base_error']:>+6.1f} %"
+        )
+    lines.append(
+        f"  most over {100 * found['most_over']:+.2f} %, most under "
+        f"{100 * found['most_under']:+.2f} %, above the base "
+        f"{100 * found['worst_above_base']:+.1f} %"
+    )
+    return lines

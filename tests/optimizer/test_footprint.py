@@ -1,0 +1,108 @@
+"""Coefficients from measured shapes: exact where they can be, never too low where they can't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optimizer.footprint import Seen, fitted
+from optimizer.memory_entries import part_memory, per_pixel, places_per_pixel
+from runners import gauge
+from runners.files import MAPPED_FROM
+from runners.memory import Shape
+from runners.signature import Dim, Signature
+
+MIB = 1 << 20
+SHAPES = [Shape(1, 64, 0), Shape(1, 256, 0), Shape(2, 1024, 0), Shape(1, 4096, 0)]
+
+
+def seen(formula: dict[str, float], extra: float = 0.0) -> list[Seen]:
+    return [
+        Seen(
+            shape,
+            shape.bytes(formula),
+            shape.bytes({**formula, "constant": extra + formula["constant"]}),
+        )  # type: ignore[arg-type,dict-item]
+        for shape in SHAPES
+    ]
+
+
+def test_what_grows_with_pixels_is_found() -> None:
+    part = fitted(seen({"constant": 100 * MIB, "pixels": 9000.0}, extra=5 * MIB))
+    assert part.resident_bytes == pytest.approx(100 * MIB, abs=10)
+    assert part.stays["pixels"] == pytest.approx(9000, rel=1e-6)
+    assert part.peak_bytes(Shape(4, 4096, 0)) == pytest.approx(
+        105 * MIB + 9000 * 4 * 4096, rel=1e-6
+    )
+
+
+def test_a_held_attention_matrix_is_found_and_extrapolated() -> None:
+    part = fitted(seen({"constant": 10 * MIB, "pixels": 1000.0, "pixels_squared": 8.0}))
+    large = Shape(1, 16384, 0)
+    assert part.open_bytes(large) == pytest.approx(10 * MIB + 1000 * 16384 + 8 * 16384**2, rel=0.01)
+
+
+def test_noise_is_no_attention_matrix() -> None:
+    noisy = [
+        Seen(shape, value := round(50 * MIB + 8000 * shape.feature("pixels") + k % 2 * MIB), value)
+        for k, shape in enumerate(SHAPES)
+    ]
+    assert "pixels_squared" not in fitted(noisy).stays
+
+
+def test_no_measured_shape_is_predicted_too_low() -> None:
+    rough = [
+        Seen(shape, value, value + MIB)
+        for shape, value in zip(SHAPES, (80 * MIB, 95 * MIB, 90 * MIB, 140 * MIB), strict=True)
+    ]
+    part = fitted(rough)
+    for one in rough:
+        assert part.open_bytes(one.shape) >= one.stays - 1
+        assert part.peak_bytes(one.shape) >= one.peak - 1
+
+
+def test_a_text_encoder_of_one_shape_is_a_constant() -> None:
+    part = fitted([Seen(Shape(1, 0, 0), 12 * MIB, 13 * MIB)])
+    assert (part.resident_bytes, part.stays) == (12 * MIB, {})
+    assert part.peak_bytes(Shape(1, 512**2, 77)) == 13 * MIB
+
+
+def test_places_become_pixels_of_the_picture() -> None:
+    signature = Signature(
+        inputs=(),
+        outputs=(),
+        dims=(Dim(name="height", min=8, opt=8, max=64), Dim(name="width", min=8, opt=8, max=64)),
+    )
+    assert places_per_pixel(signature, 64) == 1 / 64
+    part = fitted(seen({"constant": MIB, "pixels": 640.0}))
+    assert per_pixel(part, 1 / 64).open_bytes(Shape(1, 64 * 256, 0)) == pytest.approx(
+        part.open_bytes(Shape(1, 256, 0)), abs=2
+    )
+    patches = Signature(inputs=(), outputs=(), dims=(Dim(name="sequence", min=16, opt=16, max=64),))
+    assert places_per_pixel(patches, 64) == 1 / 256
+
+
+def test_small_files_are_held_and_large_ones_are_not(tmp_path: Path) -> None:
+
+    (tmp_path / "small").write_bytes(b"x" * 1000)
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(MAPPED_FROM)
+    signature = Signature(inputs=(), outputs=(), dims=())
+    measured = fitted([Seen(Shape(1, 0, 0), 1, 1)]).model_dump(mode="json")
+    part = part_memory(measured, tmp_path, signature, side_min=8)
+    assert part is not None
+    assert part.held_bytes == 1000
+
+
+def test_the_gauge_sees_what_is_taken_and_given_back() -> None:
+    gauge.trim()
+    gauge.reset_peak()
+    before = gauge.resident_bytes()
+    block = bytearray(b"x" * (64 * MIB))
+    during = gauge.resident_bytes()
+    del block
+    gauge.trim()
+    assert during - before > 60 * MIB
+    assert gauge.peak_bytes() - before > 60 * MIB
+    assert gauge.resident_bytes() - before < 30 * MIB

@@ -240,7 +240,10 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         selftest=built["selftest"] and placed[built["selftest"]],
         selftest_db=built["selftest_db"],
         memory=part_memory(
-            built["memory"], target, job.signature, side_min=int(plan.recipe.size_min or 1)
+            built["memory"],
+            folder / job.name,
+            job.signature,
+            side_min=int(plan.recipe.size_min or 1),
         )
         or predicted_part(plan, job, engine_bytes),
     )

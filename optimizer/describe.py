@@ -70,6 +70,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "fp32_bytes": 4 * job.parameters,
                 "layers_quantized": len(job.layers),
                 "layers_total": job.layers_total,
+                "attention": backend(job.backend).attention,
                 "checks": _checks(plan, job),
             }
             for job in plan.jobs

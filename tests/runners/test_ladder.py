@@ -139,7 +139,7 @@ def test_other_errors_are_not_taken_for_memory(
     from runners.requests import Request
     from runners.workflows import pictures
 
-    def broken(self: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+    def broken(*_: Any) -> dict[str, Any]:
         raise RuntimeError("another failure")
 
     monkeypatch.setattr(onnxruntime.OnnxRuntimeEngine, "_run", broken)

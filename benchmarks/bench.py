@@ -32,6 +32,7 @@ _HELP_RUNS = 9
             *("startup", "compile", "reference", "full-size"),
             *("quantize", "analyze", "tensorrt", "install", "sdxl"),
             *("memory", "memory-full"),
+            "attention",
         ]
     ),
     multiple=True,
@@ -283,6 +284,13 @@ def _memory_full(_out: Path, console: Console) -> dict[str, Any]:
     return measure_full_size(console)
 
 
+def _attention(_out: Path, console: Console) -> dict[str, Any]:
+    """Memory against resolution of the largest self-attention, with its matrix and without."""
+    from benchmarks.attention import measure
+
+    return measure(console)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -295,6 +303,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "sdxl": _sdxl,
     "memory": _memory,
     "memory-full": _memory_full,
+    "attention": _attention,
 }
 
 
@@ -305,6 +314,10 @@ def _text(document: dict[str, Any]) -> str:
             f"kiln --help: {found['kiln_help_seconds']} s (limit {found['limit_seconds']}), "
             f"bare Python {found['python_seconds']} s"
         )
+    if found := document.get("attention"):
+        from benchmarks import attention
+
+        lines += attention.lines(found)
     if found := document.get("compile"):
         lines.append(
             f"compile of the reference model: {found['cold_seconds']} s cold, peak "

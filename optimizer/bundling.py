@@ -121,13 +121,11 @@ def assemble(plan: Plan, made: Made, out: Path, draw: Draw) -> Manifest:
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 (resolve would follow links; "." has no name)
     with _private(out) as folder:
-        entries = []
-        for job in plan.jobs:
-            entries.append(_component(plan, job, made, folder))
+        entries = [_component(plan, job, made, folder) for job in plan.jobs]
         _copy_assets(plan, folder)
         manifest = _manifest(plan, made, entries, folder)
         _write(manifest, folder)
-        if all(entry.ran for entry in entries):
+        if all(entry.ran for entry in manifest.engines):
             manifest = _with_picture(plan, manifest, folder, draw)
             _write(manifest, folder)
         mark_bundle(folder)
@@ -195,13 +193,15 @@ def _swap(folder: Path, out: Path) -> None:
 
 
 def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry:
-    engine = made.engines[job.spec.name]
+    engine = made.engines[job.name]
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
-    target = folder / job.spec.name
-    target.mkdir()
-    for name in (*built["files"].values(), built["selftest"]):
-        if name is not None:
-            shutil.copyfile(engine / name, target / name)
+    base = folder / job.spec.name if job.is_variant else None
+    (folder / job.name).mkdir()
+    placed = {
+        name: _placed(engine / name, folder / job.name, base)
+        for name in (*built["files"].values(), built["selftest"])
+        if name is not None
+    }
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
@@ -209,14 +209,14 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     engine_bytes = sum((engine / name).stat().st_size for name in built["files"].values())
     cards = str(built["properties"].get("capabilities", ""))
     return ComponentEntry(
-        name=job.spec.name,
+        name=job.name,
         role=job.spec.role,
         wrapper=job.spec.wrapper,
         backend=job.backend,
         quant=job.quant,
         dtype=job.dtype,
         signature=job.signature,
-        files={role: f"{job.spec.name}/{name}" for role, name in built["files"].items()},
+        files={role: placed[name] for role, name in built["files"].items()},
         config=config,
         properties=built["properties"],
         parameters=job.parameters,
@@ -237,13 +237,25 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
             capabilities=tuple(cards.split(",")) if cards else None,
         ),
         ran=built["ran"],
-        selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
+        selftest=built["selftest"] and placed[built["selftest"]],
         selftest_db=built["selftest_db"],
         memory=part_memory(
-            built["memory"], target, job.signature, side_min=int(plan.recipe.size_min or 1)
+            built["memory"],
+            folder / job.name,
+            job.signature,
+            side_min=int(plan.recipe.size_min or 1),
         )
         or predicted_part(plan, job, engine_bytes),
     )
+
+
+def _placed(path: Path, target: Path, base: Path | None) -> str:
+    """Where a file lies in the bundle: in `target`, or in `base` where the very same lies there."""
+    same = base and base / path.name
+    if same and same.is_file() and sha256_file(same) == sha256_file(path):
+        return f"{same.parent.name}/{path.name}"
+    shutil.copyfile(path, target / path.name)
+    return f"{target.name}/{path.name}"
 
 
 def _copy_assets(plan: Plan, folder: Path) -> None:
@@ -257,7 +269,7 @@ def _copy_assets(plan: Plan, folder: Path) -> None:
 
 
 def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Path) -> Manifest:
-    source = plan.source
+    source, made_of = plan.source, list(zip(plan.jobs, entries, strict=True))
     libraries = sorted({*EXPORT, *(backend(job.backend).library for job in plan.jobs)})
     return Manifest(
         schema_version=SCHEMA,
@@ -276,8 +288,9 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
         size_step=plan.size_step,
         defaults=plan.drawn.defaults,
         recipe=_portable(plan),
-        policies={job.spec.name: job.policy.model_dump(mode="json") for job in plan.jobs},
-        components=tuple(entries),
+        policies={job.name: job.policy.model_dump(mode="json") for job in plan.jobs},
+        components=tuple(entry for job, entry in made_of if not job.is_variant),
+        variants=tuple(entry for job, entry in made_of if job.is_variant),
         files={
             name: FileEntry(size=found.size, sha256=found.sha256)
             for name, found in file_digests(folder).items()

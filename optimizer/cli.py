@@ -26,7 +26,11 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option(
     "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
 )
-@click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
+@click.option(
+    "--quant",
+    help="none, int8, int4, auto, ... (see README), or several, best first: none,int8 "
+    "[default: the profile's]",
+)
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
 @click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")
@@ -104,7 +108,7 @@ def compile_command(
         "vae": vae,
         "vae_revision": vae_revision,
         "prediction_type": prediction_type,
-        "quant": quant,
+        **_levels(quant),
         "solver": solver,
         "budget": budget,
         "min_quality": min_quality,
@@ -210,6 +214,14 @@ def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
         if name not in given and written[digest] and not Path(written[name]).exists():
             written[name] = place(written[digest]) or written[name]
     return checked({**written, **given})
+
+
+def _levels(quant: str | None) -> dict[str, Any]:
+    """The first level, which the bundle runs at by default, and the others."""
+    if quant is None:
+        return {}
+    first, *others = [level.strip() for level in quant.split(",")]
+    return {"quant": first, "variants": others}
 
 
 def _sizes(size_range: str | None, size: str | None) -> dict[str, int]:

@@ -146,7 +146,7 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
     engines = {}
     for job in plan.jobs:
         prepared = stages.prepare(job, recorded, observed)
-        engines[job.spec.name] = stages.engine(job, prepared, recorded)
+        engines[job.name] = stages.engine(job, prepared, recorded)
     speed = stages.speed(recorded, engines)
 
     made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
@@ -201,7 +201,7 @@ class _Stages:
     @property
     def bundle_key(self) -> str:
         """The digest of everything that the bundle is made from."""
-        jobs = {job.spec.name: self._prepare_key(job) for job in self._plan.jobs}
+        jobs = {job.name: self._prepare_key(job) for job in self._plan.jobs}
         recipe = self._plan.recipe.model_dump(mode="json", exclude=_NAMES)
         backends = versions(sorted({backend(job.backend).library for job in self._plan.jobs}))
         return digest({"jobs": jobs, "recipe": recipe, "on": self._machine, "with": backends})
@@ -269,7 +269,7 @@ class _Stages:
     def prepare(self, job: Job, recorded: Path, observed: Observed) -> Path:
         """One component quantized and exported."""
         work = "Read" if self._plan.source.kind == "onnx" else "Export"
-        title = f"{'Quantize and export' if job.layers else work} {job.spec.name}"
+        title = f"{'Quantize and export' if job.layers else work} {job.name}"
         given = (observed.statistics, observed.covariances) if job.layers else (None, None)
         arguments = (job, recorded, *given)
         key = self._prepare_key(job)
@@ -286,7 +286,7 @@ class _Stages:
             "on": self._machine,
             "with": versions([library]),
         }
-        title = f"Build and check {job.spec.name}"
+        title = f"Build and check {job.name}"
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 

@@ -61,7 +61,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "predicted_bytes": sum(job.predicted_bytes for job in plan.jobs),
         "components": [
             {
-                "name": job.spec.name,
+                "name": job.name,
                 "role": job.spec.role,
                 "backend": job.backend,
                 "quant": job.quant,
@@ -70,6 +70,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "fp32_bytes": 4 * job.parameters,
                 "layers_quantized": len(job.layers),
                 "layers_total": job.layers_total,
+                "attention": backend(job.backend).attention,
                 "checks": _checks(plan, job),
             }
             for job in plan.jobs
@@ -80,7 +81,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 def plan_text(plan: Plan) -> str:
     """The plan for people: decisions, a row a component, predictions, checks."""
     recipe, jobs = plan.recipe, plan.jobs
-    width = 2 + max(len(job.spec.name) for job in jobs)
+    width = 2 + max(len(job.name) for job in jobs)
     lines = [
         f"{plan.source.name}: {plan.family.title}, {plan.native_size} px; "
         f"profile {plan.profile.name}",
@@ -93,7 +94,7 @@ def plan_text(plan: Plan) -> str:
     for job in jobs:
         layers = f"{len(job.layers)} of {job.layers_total}"
         lines.append(
-            f"{job.spec.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
+            f"{job.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
     lines += [_policy_line(plan), *_adapted(plan)]
@@ -147,7 +148,7 @@ def result_document(result: CompileResult) -> dict[str, Any]:
         "reused": result.reused,
         "key": manifest.key,
         "components": [
-            entry.model_dump(mode="json", include=_RESULT_FIELDS) for entry in manifest.components
+            entry.model_dump(mode="json", include=_RESULT_FIELDS) for entry in manifest.engines
         ],
         "speed": manifest.speed.model_dump(mode="json") if manifest.speed else None,
     }
@@ -161,14 +162,16 @@ def result_text(result: CompileResult) -> str:
 
 def _quality(manifest: Manifest) -> str:
     entry = manifest.component("denoiser")
-    total = sum(item.engine_bytes for item in manifest.components)
-    fp32 = sum(item.fp32_bytes for item in manifest.components)
+    total = sum(item.engine_bytes for item in manifest.engines)
+    fp32 = sum(item.fp32_bytes for item in manifest.engines)
     parts = [
         f"{total / 1e6:.1f} MB ({total / fp32:.2f}x of fp32)",
         f"denoiser {entry.quant}/{entry.dtype} on {entry.backend}",
     ]
     if manifest.speed is not None:
         parts.insert(0, f"a step {manifest.speed.speedup:.2f}x as fast as diffusers in fp32")
+    if manifest.variants:
+        parts[-1] += f" (also {', '.join(item.quant for item in manifest.variants)})"
     if entry.sqnr_db is not None:
         exact = entry.sqnr_db == EXACT_DB
         parts.append("equal to fp32" if exact else f"{entry.sqnr_db:.1f} dB SQNR to fp32")

@@ -76,7 +76,12 @@ class Variant:
         """What makes it; `model` is a model or, ending in .json, a recipe."""
         recipe = self.plan.recipe
         given = ["--recipe", model] if model.endswith(".json") else [model]
-        options = ["--backend", str(recipe.backend), "--quant", str(recipe.quant)]
+        options = [
+            "--backend",
+            str(recipe.backend),
+            "--quant",
+            ",".join((str(recipe.quant), *recipe.variants)),
+        ]
         options += ["--dtype", recipe.dtype]
         if recipe.target:
             options += ["--target", recipe.target]
@@ -226,6 +231,7 @@ def _variant(recipe: Recipe, source: ModelSource, facts: Facts, own: frozenset[s
             capabilities=here,
         )
         for one in plan.jobs
+        if not one.is_variant
     }
     if recipe.target:
         words.append(recipe.target.replace(",", "-"))

@@ -73,6 +73,13 @@ class Job:
     """The part of it that isn't a layer's weight."""
     least_bytes: int
     """What `--quant auto` could shrink it to."""
+    is_variant: bool = False
+    """Whether it is a further level of the denoiser."""
+
+    @property
+    def name(self) -> str:
+        """Of the engine in the bundle: the component's, and a variant's level."""
+        return f"{self.spec.name}-{self.quant}" if self.is_variant else self.spec.name
 
     @property
     def candidates(self) -> tuple[Scheme, ...]:
@@ -111,7 +118,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made, in order."""
+    """What will be made, in order; variants of the denoiser are the last jobs."""
 
     recipe: Recipe
     """With every None decided."""
@@ -180,7 +187,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     resolved = recipe.model_copy(
         update={
             "quant": quant,
-            "solver": recipe.solver or ("gptq" if quant in _GPTQ else "mse"),
+            "solver": recipe.solver or _solver(quant),
             "dtype": dtype,
             "backend": backend,
             "profile": profile.name,
@@ -195,6 +202,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     )
     signatures = _signatures(known, source, configs, ranges)
     jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
+    jobs += _variants(recipe, resolved, jobs, source)
     calibration = calibration_of(resolved, source.folder, largest, drawn)
     plan = Plan(
         recipe=resolved,
@@ -335,6 +343,30 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
             for shape in layers.values()
         ),
     )
+
+
+def _variants(
+    recipe: Recipe, resolved: Recipe, jobs: tuple[Job, ...], source: ModelSource
+) -> tuple[Job, ...]:
+    """The denoiser at the recipe's further levels; SpecError where two would be the same."""
+    denoiser = next(job for job in jobs if job.spec.role == "denoiser")
+    made = []
+    for level in recipe.variants:
+        own = {"quant": level, "solver": recipe.solver or _solver(level)}
+        job = _job(denoiser.spec, source, denoiser.signature, resolved.model_copy(update=own))
+        made.append(replace(job, is_variant=True))
+    levels = [job.quant for job in (denoiser, *made)]
+    if len(set(levels)) < len(levels):
+        raise SpecError(
+            f"--quant {','.join((str(resolved.quant), *recipe.variants))} has variants that are "
+            f"the same here ({', '.join(levels)}): list others."
+        )
+    return tuple(made)
+
+
+def _solver(quant: str) -> str:
+    """What suits a level."""
+    return "gptq" if quant in _GPTQ else "mse"
 
 
 def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:

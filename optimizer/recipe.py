@@ -39,6 +39,8 @@ class Recipe(BaseModel):
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Of a single-file checkpoint, where it isn't what its marks and weights tell."""
     quant: str | None = None
+    variants: tuple[str, ...] = ()
+    """Further levels of the denoiser in the same bundle, beside `quant`; best first."""
     solver: str | None = None
     """How codes are found; by default what suits the level."""
     budget: str | None = None
@@ -76,6 +78,15 @@ class Recipe(BaseModel):
         if value is not None and value not in policy_names():
             raise ValueError(f"--quant {value} is not known: use one of {_list(policy_names())}")
         return value
+
+    @field_validator("variants")
+    @classmethod
+    def _known_variants(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        legal = [name for name in policy_names() if name != AUTO]
+        for value in values:
+            if value not in legal:
+                raise ValueError(f"--quant with {value} is not known: list some of {_list(legal)}")
+        return values
 
     @field_validator("solver")
     @classmethod
@@ -115,6 +126,16 @@ class Recipe(BaseModel):
         if self.size_min and self.size_max and self.size_min > self.size_max:
             raise ValueError(
                 f"--size-range {self.size_min}:{self.size_max} is backwards: the smaller side first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_levels(self) -> Self:
+        levels = (self.quant, *self.variants)
+        if self.variants and (self.quant in (None, AUTO) or len(set(levels)) < len(levels)):
+            raise ValueError(
+                f"--quant {','.join(map(str, levels))} can't be several variants: list different "
+                f"levels, best first, and none of them {AUTO}, such as none,int8,int4"
             )
         return self
 

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from profiles.errors import UnsupportedError
 from runners.engines.base import DeviceEngine, Engine
 from runners.modules import component_class
+from runners.tiling import in_tiles
 
 __all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run", "with_defaults"]
 
@@ -133,11 +134,35 @@ class _TextOutput(ModelOutput):  # type: ignore[misc]
 class VaeAdapter(Adapter):
     """Stands for an AutoencoderKL or an AutoencoderTiny; its halves are two engines."""
 
-    def __init__(self, config: dict[str, Any], *, encoder: OpenEngine, decoder: OpenEngine) -> None:
-        """Take the VAE's config and functions that open its engines once."""
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        encoder: OpenEngine,
+        decoder: OpenEngine,
+        tile_side: int | None = None,
+    ) -> None:
+        """Take the VAE's config and functions that open its engines once.
+
+        `tile_side`: pixels of a tile's side, where larger pictures are to be coded in tiles.
+        """
         super().__init__(with_defaults(config))
         self._encoder, self._decoder = encoder, decoder
+        self._tile_side, self.use_tiling = tile_side, False
         self._encoded_as = _ENCODED.get(str(config.get("_class_name")), _distributed)
+
+    def enable_tiling(self) -> None:
+        """Code pictures larger than a tile in tiles: the memory that it takes stops growing.
+
+        Raises UnsupportedError where the tile's side isn't known.
+        """
+        if self._tile_side is None:
+            raise UnsupportedError("This VAE has no size of tiles: load it from a bundle.")
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Code every picture as a whole again."""
+        self.use_tiling = False
 
     def encode(
         self,
@@ -152,8 +177,7 @@ class VaeAdapter(Adapter):
 
     def _encode(self, x: Tensor) -> Tensor:
         """What the encoder's wrapper gives."""
-        (found,) = run(self._encoder(), image=x)
-        return found
+        return self._called(self._encoder(), "image", x, pixels=1)
 
     def decode(
         self,
@@ -162,8 +186,33 @@ class VaeAdapter(Adapter):
         generator: torch.Generator | None = None,  # noqa: ARG002 (diffusers' signature)
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents already divided by scaling_factor -> images in -1..1."""
-        (image,) = run(self._decoder(), latent=z)
+        image = self._called(self._decoder(), "latent", z, pixels=self._factor)
         return DecoderOutput(sample=image) if return_dict else (image,)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels of a latent's side."""
+        return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    def _called(self, engine: Engine, name: str, x: Tensor, *, pixels: int) -> Tensor:
+        """The engine's only output, in tiles where those are wanted and `x` is larger than one.
+
+        `pixels` are those of the side of one of its places.
+        """
+
+        def whole(part: Tensor) -> Tensor:
+            (found,) = run(engine, **{name: part})
+            return found
+
+        if not self.use_tiling or self._tile_side is None:
+            return whole(x)
+        tile = tuple(engine.signature.dim(d).nearest(self._tile_side // pixels) for d in _SIDES)
+        if x.shape[-2] <= tile[0] and x.shape[-1] <= tile[1]:
+            return whole(x)
+        return in_tiles(whole, x, (tile[0], tile[1]), unit=self._factor // pixels)
+
+
+_SIDES = ("height", "width")
 
 
 def _distributed(moments: Tensor) -> BaseOutput:

@@ -7,7 +7,7 @@ what it describes; then the files, each opened without following a link, hashed,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,16 +52,23 @@ class Bundle:
         self._buffers: dict[str, Buffer] = {}
         self._code = {
             name
-            for entry in manifest.components
+            for entry in manifest.engines
             if entry.requires.capabilities is not None
             for name in entry.files.values()
         }
         """Files that a card's driver would execute."""
 
-    def verify(self) -> None:
-        """Hash every file; BundleError names the first that isn't what the manifest says."""
+    def verify(self, *, without: Collection[str] = (), hold: bool = True) -> None:
+        """Hash every file but those `without`, which are hashed if they are ever read.
+
+        BundleError names the first that isn't what the manifest says. Bytes that aren't held are
+        read and hashed again when they are needed.
+        """
         for name in self.manifest.files:
-            self.file(name)
+            if name not in without:
+                self.file(name)
+                if not hold:
+                    self.release()
 
     def file(self, name: str) -> Buffer:
         """The bytes of one file: hashed, and the same buffer given out every time."""
@@ -110,12 +117,15 @@ def open_bundle(
     trust: Trust | None = None,
     check: Callable[[Manifest], object] | None = None,
     always_hash: bool = False,
+    without: Callable[[Manifest], Collection[str]] | None = None,
+    hold: bool = True,
 ) -> Bundle:
     """The bundle at `path`, its origin and all its files verified.
 
     `trust` (default: the user's own) says whose signatures count; `check` sees the manifest, and
     raises where the bundle can't run here, before any other file is opened. Large files that
-    haven't changed since they were last hashed are hashed with `always_hash` only. Raises
+    haven't changed since they were last hashed are hashed with `always_hash` only. `without` says
+    which files wait until they are read, if ever; `hold` whether verified bytes stay. Raises
     SpecError where there is no bundle, UntrustedError where nobody trusted has signed it and it
     wasn't compiled here, BundleError for wrong bytes, UnsupportedError for a newer schema.
     """
@@ -123,7 +133,7 @@ def open_bundle(
     if check is not None:
         check(manifest)
     bundle = Bundle(Path(path), manifest, always_hash=always_hash)
-    bundle.verify()
+    bundle.verify(without=without(manifest) if without else (), hold=hold)
     return bundle
 
 

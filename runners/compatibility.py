@@ -52,13 +52,20 @@ class Verdict:
         return asdict(self)
 
 
-def compatibility(manifest: Manifest, facts: Facts, *, bundle: str = "BUNDLE") -> Verdict:
+def compatibility(
+    manifest: Manifest, facts: Facts, *, bundle: str = "BUNDLE", variant: str | None = None
+) -> Verdict:
     """Whether `facts` meets what the engines of `manifest` require; `bundle` is named in commands.
 
-    Of several findings the worst outcome counts, of equal ones the first reason in `Reason`.
+    Of several findings the worst outcome counts, of equal ones the first reason in `Reason`. Where
+    no `variant` of the denoiser is asked for, that which runs best counts.
     """
-    needs = {entry.name: entry.requires for entry in manifest.components}
-    verdict = met(needs, facts)
+    asked = list(manifest.denoisers) if variant is None else [variant]
+    verdicts = [
+        met({entry.name: entry.requires for entry in manifest.run_by(name)}, facts)
+        for name in asked
+    ]
+    verdict = min(verdicts, key=lambda found: list(Outcome).index(found.outcome))
     if verdict.outcome is not Outcome.REBUILD:
         return verdict
     minutes = max(1, math.ceil(manifest.observed.build_seconds / 60))
@@ -104,13 +111,13 @@ def met(needs: Mapping[str, Requires], facts: Facts) -> Verdict:
     return Verdict(outcome, reason, sentence, needed, there, name)
 
 
-def require_compatible(manifest: Manifest, facts: Facts) -> Verdict:
+def require_compatible(manifest: Manifest, facts: Facts, variant: str | None = None) -> Verdict:
     """The verdict, where the engines can be opened; else its sentence is raised.
 
     MissingError where a library isn't installed, OutOfMemory where memory is too small,
     DeviceMismatch for everything else.
     """
-    return require_verdict(compatibility(manifest, facts))
+    return require_verdict(compatibility(manifest, facts, variant=variant))
 
 
 def require_verdict(verdict: Verdict) -> Verdict:

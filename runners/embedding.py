@@ -87,7 +87,18 @@ class Embedder:
         read = {name: self._read(prompt) for name, prompt in prompts.items()}
         length = self._length(max(found.length for found in read.values()))
         chunks = self._chunks(max(found.chunks for found in read.values()), length)
-        return {name: self._embedded(found, chunks, length) for name, found in read.items()}
+        fits = {name: found.fit(chunks, length) for name, found in read.items()}
+        self._ask_in_turn(list(read.values()), chunks)
+        return {
+            name: self._embedded(found, chunks, length, fits[name]) for name, found in read.items()
+        }
+
+    def _ask_in_turn(self, read: list[_Read], chunks: int) -> None:
+        """Everything that is asked of one CLIP before the next is opened."""
+        for name in dict.fromkeys((*self._way.hidden, *self._way.pooled)):
+            for one in read:
+                for index in range(chunks if name in self._way.hidden else 1):
+                    self._output(name, one.clips[name].padded(index)[0])
 
     def _read(self, prompt: str) -> _Read:
         pieces = weighted(prompt)
@@ -99,8 +110,8 @@ class Embedder:
     def _tokenizer(self, encoder: str | None) -> Any:
         return getattr(self._pipeline, str(encoder).replace("text_encoder", "tokenizer"))
 
-    def _embedded(self, read: _Read, chunks: int, length: int) -> Embedded:
-        dropped, room = read.fit(chunks, length)
+    def _embedded(self, read: _Read, chunks: int, length: int, fit: tuple[str, int]) -> Embedded:
+        dropped, room = fit
         parts = [self._chunk(read, index) for index in range(chunks) if self._way.hidden]
         if self._t5 is not None and read.t5 is not None:
             ids, weights = read.t5.padded(length)

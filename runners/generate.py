@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
 from runners.outputs import require_writable
 from runners.requests import Request, check_request, outpaint_of, size_of
+from runners.way_options import wanted_of, way_options
 
 __all__ = ["generate"]
 
@@ -49,6 +51,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @click.argument("bundle", type=_FILE)
 @_options
+@way_options
 @click.option("--threads", type=int, help="CPU threads [default: the physical cores]")
 @click.option("--trust", type=_FILE, help="NAME.pub or trust file [default: `kiln trust ls`]")
 @click.option(
@@ -76,6 +79,11 @@ def generate(
     mask: Path | None,
     outpaint: str | None,
     clip_skip: int | None,
+    memory: str | None,
+    variant: str | None,
+    residency: Literal["keep", "sequential"] | None,
+    tiled: bool | None,  # noqa: FBT001
+    allow_variant_fallback: bool,  # noqa: FBT001
     threads: int | None,
     trust: Path | None,
     verify: Literal["changed", "always"],
@@ -110,43 +118,62 @@ def generate(
     if threads is not None and threads < 1:
         raise SpecError(f"--threads {threads} is not possible: use 1 or more.")
     check_request(request)
+    wanted = wanted_of(
+        memory, variant, residency=residency, tiled=tiled, falls_back=allow_variant_fallback
+    )
     names = _names(out, count)
     console = Console(json_output=as_json, verbose=verbose)
     load = partial(runners.load, bundle, threads=threads, trust=trust, verify=verify)
-    drawing, pipeline = _loaded(bundle, request, trust, load, console)
-    _draw(pipeline, request, drawing, names, console)
+    task, pipeline = _loaded(bundle, request, wanted, load, console)
+    _draw(pipeline, task, names, console)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A request, what it means for the bundle, and the ways to draw it."""
+
+    request: Request
+    drawing: Any
+    ladder: Any
 
 
 def _loaded(
     bundle: Path,
     request: Request,
-    trust: Path | None,
-    load: Callable[..., Any],
+    wanted: Any,
+    load: partial[Any],
     console: Console,
-) -> tuple[Any, Any]:
-    """What is to be drawn and the pipeline; every picture is read before the bundle loads."""
+) -> tuple[_Task, Any]:
+    """What is to be drawn and the pipeline; every picture is read, and the way is chosen, before
+    the bundle loads.
+    """
     from runners.bundle import trusted_manifest
+    from runners.choosing import chosen
     from runners.drawing import drawing_of
     from runners.installed import located
+    from runners.selftest import facts_for
     from runners.trust import load_trust
 
     bundle = located(bundle)
-    drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
+    manifest = trusted_manifest(bundle, trust=load_trust(load.keywords["trust"]))
+    drawing = drawing_of(request, manifest)
+    choice = chosen(manifest, request, drawing.size, wanted, facts=partial(facts_for, manifest))
+    console.info(choice.sentence)
+    way = choice.ladder.way
     with console.stage(f"Load {bundle}"):
-        pipeline = load(task=request.task)
-    return drawing, pipeline
+        pipeline = load(task=request.task, variant=way.variant, residency=way.residency)
+    choice.ladder.set(pipeline)
+    return _Task(request, drawing, choice.ladder), pipeline
 
 
-def _draw(
-    pipeline: Any, request: Request, drawing: Any, names: list[Path], console: Console
-) -> None:
+def _draw(pipeline: Any, task: _Task, names: list[Path], console: Console) -> None:
     """Draw and save, each picture as it is finished, and release the engines."""
     from runners import metadata
 
     start = time.monotonic()
     saved: list[dict[str, Any]] = []
     try:
-        shown = _shown(pipeline, request, drawing, console)
+        shown = _shown(pipeline, task, console)
         for (image, facts), path in zip(shown, names, strict=True):
             metadata.save_picture(image, path, facts)
             saved.append({"file": str(path), "seed": facts.pop("seed")})
@@ -161,11 +188,12 @@ def _draw(
     )
 
 
-def _shown(pipeline: Any, request: Request, drawing: Any, console: Console) -> Iterator[Any]:
+def _shown(pipeline: Any, task: _Task, console: Console) -> Iterator[Any]:
     """The pictures, with a progress bar over all steps."""
     from runners.workflows import pictures
 
-    rounds = -(-request.count // request.batch)
+    request = task.request
+    rounds = -(-request.count // task.ladder.way.batch)
     with console.stage(f"Draw {request.count}") as stage:
         done = 0
 
@@ -175,7 +203,14 @@ def _shown(pipeline: Any, request: Request, drawing: Any, console: Console) -> I
             stage.progress(done, max(rounds * _pipe.num_timesteps, done))
             return values
 
-        yield from pictures(pipeline, request, drawing=drawing, on_step=step, say=console.info)
+        yield from pictures(
+            pipeline,
+            request,
+            drawing=task.drawing,
+            on_step=step,
+            say=console.info,
+            ladder=task.ladder,
+        )
 
 
 def _names(out: Path, count: int) -> list[Path]:

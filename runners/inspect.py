@@ -60,7 +60,7 @@ def _text(manifest: Manifest) -> str:
         f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
         f"{'bytes':>12}{'of fp32':>9}{'SQNR dB':>9}"
     )
-    for entry in manifest.components:
+    for entry in manifest.engines:
         layers = f"{entry.layers_quantized} of {entry.layers_total}"
         sqnr = "" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}"
         lines.append(

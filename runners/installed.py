@@ -143,7 +143,7 @@ def add_version(root: Path, name: str, version: str, record: Installed) -> Point
         pointer = Pointer(current=version, installed={version: record})
     pointer = pointer.model_copy(update={"installed": {**pointer.installed, version: record}})
     path, current = root / name / version, root / name / pointer.current
-    needs = any(entry.selftest is not None for entry in read_manifest(path).components)
+    needs = any(entry.selftest is not None for entry in read_manifest(path).engines)
     if not needs or selftest_passed(path) or not _may_run(current):
         pointer = _promoted(pointer, version)
     elif pointer.current != version:
@@ -169,7 +169,7 @@ def selftest_passed(path: Path) -> bool | None:
         bundle = Bundle(path, read_manifest(path))
     except KilnError:
         return None
-    needed = {entry.name for entry in bundle.manifest.components if entry.selftest is not None}
+    needed = {entry.name for entry in bundle.manifest.engines if entry.selftest is not None}
     for file in result_paths(bundle):
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             document = json.loads(file.read_text("utf-8"))

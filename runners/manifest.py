@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from profiles.errors import SpecError
 from runners.memory import PartMemory, PipelineMemory
 from runners.paths import plain_path, require_distinct
 from runners.requires import Observed, Requires
@@ -174,15 +175,12 @@ class Manifest(BaseModel):
     """None where the engines didn't run where they were built."""
     memory: PipelineMemory | None = None
     """What drawing takes beside the engines; None in bundles older than schema 4."""
+    variants: tuple[ComponentEntry, ...] = ()
+    """Other denoisers than the one among the components, which is the best; best first."""
 
     @model_validator(mode="after")
     def _every_file_is_digested(self) -> Self:
-        used = (
-            name
-            for entry in self.components
-            for name in (*entry.files.values(), entry.config, entry.selftest)
-            if name is not None
-        )
+        used = (name for entry in self.engines for name in _files(entry))
         drawn = (self.picture.file,) if self.picture is not None else ()
         if absent := sorted({*used, *drawn} - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
@@ -196,9 +194,12 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         roles = [str(entry.role) for entry in self.components]
-        names = [entry.name for entry in self.components]
+        names = [entry.name for entry in self.engines]
         if roles.count("denoiser") != 1 or len(set(names)) != len(names):
             raise ValueError("one component a name, and one denoiser, are needed")
+        levels = [entry.quant for entry in (self.component("denoiser"), *self.variants)]
+        if len(set(levels)) != len(levels) or {e.role for e in self.variants} - {"denoiser"}:
+            raise ValueError("variants are denoisers of one level each")
         for name in ("size_min", "size_max", "batch"):
             if type(self.recipe.get(name)) is not int or self.recipe[name] < 1:
                 raise ValueError(f"the recipe's {name} must be a whole number above 0")
@@ -207,12 +208,48 @@ class Manifest(BaseModel):
     @property
     def on_card(self) -> bool:
         """Whether any engine runs on a card."""
-        return any(entry.requires.capabilities is not None for entry in self.components)
+        return any(entry.requires.capabilities is not None for entry in self.engines)
+
+    @property
+    def engines(self) -> tuple[ComponentEntry, ...]:
+        """The components and the other variants of the denoiser."""
+        return (*self.components, *self.variants)
+
+    @property
+    def denoisers(self) -> dict[str, ComponentEntry]:
+        """Level -> the variant of the denoiser, the best first."""
+        return {entry.quant: entry for entry in (self.component("denoiser"), *self.variants)}
+
+    def denoiser(self, variant: str | None) -> ComponentEntry:
+        """The variant of the denoiser, the best where None; SpecError where there is no such."""
+        found = self.denoisers
+        if variant is not None and variant not in found:
+            raise SpecError(
+                f"--variant {variant} is not in the bundle: use {' or '.join(found)}, or compile "
+                f"with --quant {','.join((*found, variant))}."
+            )
+        return self.component("denoiser") if variant is None else found[variant]
+
+    def run_by(self, variant: str | None) -> tuple[ComponentEntry, ...]:
+        """The engines that draw with a variant of the denoiser, in the components' order."""
+        chosen = self.denoiser(variant)
+        return tuple(chosen if entry.role == "denoiser" else entry for entry in self.components)
+
+    def unused_by(self, variant: str | None) -> frozenset[str]:
+        """Paths of files that only other variants of the denoiser use."""
+        used = {name for entry in self.run_by(variant) for name in _files(entry)}
+        return frozenset(name for entry in self.engines for name in _files(entry)) - used
 
     def component(self, role: str) -> ComponentEntry:
         """The first component in this role; KeyError where there is none."""
         return {str(entry.role): entry for entry in reversed(self.components)}[role]
 
     def named(self, name: str) -> ComponentEntry:
-        """The component of this name; KeyError where there is none."""
-        return {entry.name: entry for entry in self.components}[name]
+        """The engine of this name; KeyError where there is none."""
+        return {entry.name: entry for entry in self.engines}[name]
+
+
+def _files(entry: ComponentEntry) -> tuple[str, ...]:
+    """The paths that an entry names."""
+    last = (entry.selftest,) if entry.selftest is not None else ()
+    return (*entry.files.values(), entry.config, *last)

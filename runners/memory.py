@@ -36,6 +36,7 @@ __all__ = [
     "parts_of",
     "rows",
     "smaller",
+    "ways",
 ]
 
 Residency = Literal["keep", "sequential"]
@@ -208,7 +209,7 @@ def rows(
     """
     return tuple(
         Row(way, tuple(_stages(parts, asked, way)))
-        for way in _ways(parts, asked)
+        for way in ways(tuple(parts.denoisers), asked, parts.tile)
         if variant in (None, way.variant)
         and residency in (None, way.residency)
         and tiled in (None, way.tiled)
@@ -254,17 +255,16 @@ def smaller(found: Iterable[Row], row: Row, *, same_variant: bool) -> Row | None
 
 def parts_of(manifest: Manifest) -> Parts | None:
     """The parts of a bundle; None where it carries no measurement (older than schema 4)."""
-    memory = {entry.name: entry.memory for entry in manifest.components}
+    memory = {entry.name: entry.memory for entry in manifest.engines}
     if manifest.memory is None or any(part is None for part in memory.values()):
         return None
     by_role: dict[str, list[PartMemory]] = {}
-    for entry in manifest.components:
+    for entry in manifest.engines:
         assert entry.memory is not None, "was asked above"
         by_role.setdefault(entry.role, []).append(entry.memory)
-    denoiser = manifest.component("denoiser")
     return Parts(
         text_encoders=tuple(by_role.get("text_encoder", ())),
-        denoisers={denoiser.quant: by_role["denoiser"][0]},
+        denoisers=dict(zip(manifest.denoisers, by_role["denoiser"], strict=True)),
         decoder=by_role["vae_decoder"][0],
         encoder=by_role.get("vae_encoder", [None])[0],
         pipeline=manifest.memory,
@@ -290,13 +290,14 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _ways(parts: Parts, asked: Asked) -> Iterator[Way]:
+def ways(variants: tuple[str, ...], asked: Asked, tile: int) -> Iterator[Way]:
+    """All ways to draw what is asked, best first; `tile` is the side of the VAE's tiles."""
     batches = [asked.batch]
     while batches[-1] > 1:
         batches.append(-(-batches[-1] // 2))
     residencies: tuple[Residency, ...] = ("keep", "sequential")
-    tiles = (False, True) if max(asked.width, asked.height) > parts.tile else (False,)
-    for variant in parts.denoisers:
+    tiles = (False, True) if max(asked.width, asked.height) > tile else (False,)
+    for variant in variants:
         for residency in residencies:
             for tiled in tiles:
                 for batch in batches:
@@ -304,36 +305,50 @@ def _ways(parts: Parts, asked: Asked) -> Iterator[Way]:
 
 
 def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
-    """Each stage's peak: the base, the files of all parts, what earlier stages kept open, its own
-    rise.
+    """Each stage's peak: the base, what earlier stages kept open, its own rise.
+
+    Files that are held in memory are there from the start where parts are kept; else a part's are
+    read when it opens, and go with it.
     """
     denoiser, rest = parts.denoisers[way.variant], (asked.count or 0) % way.batch
     whole = [*parts.text_encoders, denoiser, parts.decoder, *filter(None, [parts.encoder])]
-    base = parts.pipeline.base_bytes + sum(part.held_bytes for part in whole)
+    keeps = way.residency == "keep"
+    base = parts.pipeline.base_bytes + (sum(part.held_bytes for part in whole) if keeps else 0)
     kept = 0
     text, peak = Shape(1, asked.pixels, asked.tokens), 0
     for part in parts.text_encoders:
-        peak = max(peak, kept + part.peak_bytes(text))
-        kept += part.open_bytes(text) if way.residency == "keep" else 0
+        peak = max(peak, kept + part.peak_bytes(text) + _read(part, way))
+        kept += part.open_bytes(text) if keeps else 0
     yield Stage("text_encoding", base + peak)
 
     picture = Shape(way.batch, asked.pixels, asked.tokens)
     tile = Shape(1, parts.tile**2, asked.tokens)
     vae, pictures = (tile if way.tiled else picture), _picture_bytes(parts, asked, way)
     if asked.from_picture and parts.encoder is not None:
-        yield Stage("encoding", base + kept + parts.encoder.peak_bytes(vae) + pictures)
-        kept += parts.encoder.open_bytes(vae) if way.residency == "keep" else 0
+        yield Stage(
+            "encoding",
+            base + kept + parts.encoder.peak_bytes(vae) + pictures + _read(parts.encoder, way),
+        )
+        kept += parts.encoder.open_bytes(vae) if keeps else 0
 
     prompts = 2 if asked.guided else 1
     step = Shape(prompts * way.batch, asked.pixels, asked.tokens)
     last = Shape(prompts * rest, asked.pixels, asked.tokens)
-    yield Stage("denoising", base + kept + denoiser.peak_bytes(step) + _again(denoiser, last))
-    kept += denoiser.open_bytes(step) + _again(denoiser, last) if way.residency == "keep" else 0
+    yield Stage(
+        "denoising",
+        base + kept + denoiser.peak_bytes(step) + _again(denoiser, last) + _read(denoiser, way),
+    )
+    kept += denoiser.open_bytes(step) + _again(denoiser, last) if keeps else 0
 
     decoding = max(parts.decoder.peak_bytes(vae), parts.decoder.open_bytes(vae) + pictures)
     if not way.tiled:
         decoding += _again(parts.decoder, Shape(rest, asked.pixels, asked.tokens))
-    yield Stage("decoding", base + kept + decoding)
+    yield Stage("decoding", base + kept + decoding + _read(parts.decoder, way))
+
+
+def _read(part: PartMemory, way: Way) -> int:
+    """What a part's files take while it is open, where they aren't there from the start."""
+    return part.held_bytes if way.residency == "sequential" else 0
 
 
 def _again(part: PartMemory, shape: Shape) -> int:

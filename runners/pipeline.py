@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,9 @@ from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
 from runners.manifest import ComponentEntry
+from runners.memory import Residency
+from runners.prompting import PromptCache
+from runners.residency import OpenEngines
 from runners.selftest import require_selftest
 
 __all__ = [
@@ -74,33 +76,77 @@ TASKS: dict[str, dict[str, str]] = {
 class LoadedBundle:
     """What `pipe.kiln` is: the bundle, its engines, and their release."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        """Open nothing yet; engines open when first called."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        *,
+        variant: str | None = None,
+        residency: Residency = "keep",
+    ) -> None:
+        """Open nothing yet; engines open when first called.
+
+        `variant` is the denoiser's (default: the best). Raises SpecError for one that isn't there.
+        """
         self.bundle, self.threads = bundle, threads
-        self._stack = ExitStack()
-        self._engines: dict[str, Engine] = {}
+        self.prompts = PromptCache()
+        self._denoiser = bundle.manifest.denoiser(variant)
+        self._open = OpenEngines(
+            self._made, residency=residency, checked=self._checked, released=self._let_go
+        )
 
     @property
     def manifest(self) -> Any:
         """The bundle's manifest."""
         return self.bundle.manifest
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The digests of the text encoders' files."""
+        manifest = self.bundle.manifest
+        used = [entry.files for entry in manifest.components if entry.role == "text_encoder"]
+        return tuple(manifest.files[name].sha256 for files in used for name in files.values())
+
+    @property
+    def variant(self) -> str:
+        """The denoiser's level."""
+        return self._denoiser.quant
+
+    @property
+    def residency(self) -> Residency:
+        """Whether engines stay open, or those of one stage at a time."""
+        return self._open.residency
+
+    def use(self, *, variant: str | None = None, residency: Residency | None = None) -> None:
+        """Run another variant of the denoiser, or hold engines otherwise; what is open is closed.
+
+        Raises SpecError for a variant that isn't there.
+        """
+        denoiser = self._denoiser if variant is None else self.manifest.denoiser(variant)
+        self.close()
+        self._denoiser = denoiser
+        self._open.residency = residency or self._open.residency
+
     def engine(self, name: str) -> Engine:
         """The open engine of the component called `name`, opened at the first call."""
-        if name not in self._engines:
-            entry = self.bundle.manifest.named(name)
-            engine = self._stack.enter_context(
-                open_engine(self.bundle, entry, threads=self.threads)
-            )
-            if not entry.ran:
-                require_selftest(self.bundle, entry, engine, engine.machine())
-            self._engines[name] = engine
-        return self._engines[name]
+        entry: ComponentEntry = self.manifest.named(name)
+        return self._open.open(self._denoiser if entry.role == "denoiser" else entry)
 
     def close(self) -> None:
-        """Release all engines."""
-        self._engines.clear()
-        self._stack.close()
+        """Release all engines, and their memory."""
+        self._open.close()
+
+    def _made(self, entry: ComponentEntry) -> Engine:
+        return open_engine(self.bundle, entry, threads=self.threads)
+
+    def _checked(self, entry: ComponentEntry, engine: Engine) -> None:
+        if not entry.ran:
+            require_selftest(self.bundle, entry, engine, engine.machine())
+
+    def _let_go(self) -> None:
+        """Verified bytes too: they are read and hashed again when an engine opens again."""
+        if self.residency == "sequential":
+            self.bundle.release()
 
 
 def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engine:
@@ -111,11 +157,18 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = None) -> Any:
+def load(
+    opened: Bundle,
+    *,
+    task: str = "text-to-image",
+    threads: int | None = None,
+    variant: str | None = None,
+    residency: Residency = "keep",
+) -> Any:
     """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
     `runners.load` opens it, and asks whether it fits this machine. Raises BundleError for a
-    pipeline that isn't known here, SpecError for an unknown task.
+    pipeline that isn't known here, SpecError for an unknown task or variant.
     """
     tasks = TASKS.get(opened.manifest.model.pipeline_class)
     if tasks is None:
@@ -127,7 +180,7 @@ def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = N
         needs = "" if "text-to-image" in tasks else "; the model changes pictures: give it --image"
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}{needs}.")
     count = threads or psutil.cpu_count(logical=False) or 1
-    loaded = LoadedBundle(opened, count)
+    loaded = LoadedBundle(opened, count, variant=variant, residency=residency)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
@@ -139,7 +192,7 @@ def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = N
 
 def _choose_card(bundle: Bundle) -> None:
     """Make the largest card that the engines run on the current one."""
-    wanted = [entry.requires.capabilities for entry in bundle.manifest.components]
+    wanted = [entry.requires.capabilities for entry in bundle.manifest.engines]
     fitting = {
         index: torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
@@ -167,6 +220,7 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
         bundle.json(bundle.manifest.component("vae_decoder").config),
         encoder=partial(loaded.engine, "vae_encoder"),
         decoder=partial(loaded.engine, "vae_decoder"),
+        tile_side=bundle.manifest.native_size,
     )
     return pipeline_of(cls, parts, bundle.manifest.model.settings)
 

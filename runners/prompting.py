@@ -7,6 +7,8 @@ as much as the pipeline pads to.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from runners.embedding import Embedder
 from runners.ways import way_of
 from runners.weighting import plain_text
 
-__all__ = ["Prompts", "prompts_of"]
+__all__ = ["PromptCache", "Prompts", "prompts_of"]
 
 _SHOWN = 60
 """Characters of the dropped text in a sentence."""
@@ -47,7 +49,39 @@ class Prompts:
         }
 
 
+_KEPT = 64
+"""Pairs of prompts: FLUX's take 4 MB each."""
+
+
+class PromptCache:
+    """What prompts became, so that text encoders needn't stay for those that come again."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._found: OrderedDict[tuple[object, ...], Prompts] = OrderedDict()
+
+    def of(self, key: tuple[object, ...], encode: Callable[[], Prompts]) -> Prompts:
+        """What is kept for `key`, else what `encode` gives, which is kept."""
+        found = self._found[key] if key in self._found else encode()
+        self._found[key] = found
+        self._found.move_to_end(key)
+        while len(self._found) > _KEPT:
+            self._found.popitem(last=False)
+        return found
+
+
 def prompts_of(pipeline: Any, prompt: str, negative: str, *, clip_skip: int | None) -> Prompts:
+    """Both prompts, encoded once for a loaded bundle: see `_encoded`."""
+    loaded = getattr(pipeline, "kiln", None)
+    cache, encoders = getattr(loaded, "prompts", None), getattr(loaded, "encoders", ())
+    if cache is None:
+        return _encoded(pipeline, prompt, negative, clip_skip)
+    key = (prompt, negative, clip_skip, encoders)
+    found: Prompts = cache.of(key, lambda: _encoded(pipeline, prompt, negative, clip_skip))
+    return found
+
+
+def _encoded(pipeline: Any, prompt: str, negative: str, clip_skip: int | None) -> Prompts:
     """Encode both prompts with the pipeline's own tokenizers and text encoders.
 
     `clip_skip` is a layer of the CLIPs, for both prompts, in A1111's numbers: 1 is the last and 2

@@ -53,7 +53,7 @@ def _test(bundle: Bundle, say: Any) -> None:
     from runners.engines import engine_class
     from runners.selftest import check_calls
 
-    for entry in bundle.manifest.components:
+    for entry in bundle.manifest.engines:
         if entry.selftest is None or entry.selftest_db is None:
             continue
         say(start=f"The engine of {entry.name}")

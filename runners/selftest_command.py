@@ -81,7 +81,7 @@ def run_selftest(
 
     bundle = Bundle(path, read_manifest(path))
     manifest = bundle.manifest
-    if manifest.picture is None and not any(entry.selftest for entry in manifest.components):
+    if manifest.picture is None and not any(entry.selftest for entry in manifest.engines):
         raise SpecError(f"{path} has nothing recorded to test it with: compile it again.")
     facts = facts_for(manifest)
     require_compatible(manifest, facts)

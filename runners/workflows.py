@@ -6,10 +6,13 @@ import inspect
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from profiles.errors import SpecError
 from runners.drawing import Drawing, drawing_of
+from runners.ladder import Ladder
 from runners.requests import Request
 from runners.schedulers import spreads_steps, with_scheduler
 
@@ -26,13 +29,16 @@ def pictures(
     drawing: Drawing | None = None,
     on_step: OnStep | None = None,
     say: Callable[[str], None] | None = None,
+    ladder: Ladder | None = None,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Draw the request: (PIL image, its facts), one by one.
 
     `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` where that was
     called already; `say` gets a sentence for whatever is fitted or cut. The noise of every picture
     is drawn on the CPU from its own seed, so a seed means the same picture in any batch and on any
-    machine. Raises SpecError for what can't be drawn, with the nearest that can.
+    machine. Where memory runs out, `ladder` (default: none) has the ways that are tried instead.
+    Raises SpecError for what can't be drawn, with the nearest that can, OutOfMemory where no way
+    is left; pictures that were given before are whole.
     """
     from runners.prompting import prompts_of
 
@@ -40,27 +46,37 @@ def pictures(
         with_scheduler(pipeline, request.scheduler)
     drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
     settings = _settings(pipeline, request, drawing)
-    prompts = prompts_of(
-        pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
-    )
+    ladder = ladder or Ladder.of(pipeline, request.batch)
+    texts = request.prompt, request.negative_prompt
+    encode = partial(prompts_of, pipeline, *texts, clip_skip=request.clip_skip)
+    prompts = ladder.run(pipeline, encode, say)
     for note in (*drawing.notes, *prompts.notes, *_notes(pipeline, request, settings)):
         if say is not None:
             say(note)
     cell = pipeline.vae_scale_factor
     seed = request.seed if request.seed >= 0 else secrets.randbelow(2**32)
-    for first in range(0, request.count, request.batch):
-        seeds = [seed + i for i in range(first, min(first + request.batch, request.count))]
+    first = 0
+
+    def draw() -> list[tuple[Any, int]]:
+        count = min(ladder.way.batch, request.count - first)
+        seeds = [seed + i for i in range(first, first + count)]
         drawn = pipeline(
-            **prompts.arguments(len(seeds)),
-            **drawing.arguments(len(seeds), cell=cell),
+            **prompts.arguments(count),
+            **drawing.arguments(count, cell=cell),
             **settings,
             generator=_generators(seeds),
             callback_on_step_end=on_step,
         ).images
+        return list(zip(drawn, seeds, strict=True))
+
+    while first < request.count:
+        made = ladder.run(pipeline, draw, say)
         facts = {**_facts(pipeline, request, settings), **drawing.facts, **prompts.facts}
-        for image, own in zip(drawn, seeds, strict=True):
+        facts["way"] = asdict(ladder.way)
+        for image, own in made:
             result = drawing.finished(image, cell=cell)
             yield result, {**facts, "width": result.width, "height": result.height, "seed": own}
+        first += len(made)
 
 
 def _generators(seeds: list[int]) -> list[Any]:

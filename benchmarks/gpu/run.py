@@ -64,7 +64,7 @@ def _tensorrt(path: Path, trust: Path | None) -> dict[str, Any]:
     """Every engine of the bundle: does it load, are its numbers right, how fast is it."""
     bundle = open_bundle(path, trust=load_trust(trust))
     rows = {}
-    for entry in bundle.manifest.components:
+    for entry in bundle.manifest.engines:
         rows[entry.name] = _component(bundle, entry)
     return {"built_for": bundle.manifest.components[0].requires.capabilities, "components": rows}
 

@@ -65,6 +65,9 @@ class Backend:
     """Axes of the weights that it takes in 4 bits."""
     factors: bool = True
     """Whether rounding the factors of attention's products lets it run them in 8 bits."""
+    attention: Literal["fused", "blocks"] = "fused"
+    """How products of attention are kept from filling their whole matrix: by the library itself, or
+    in blocks by a kernel that the builder puts in place."""
     kernel_bytes: int = 0
     """Of an engine's files beside weights and graph."""
     low_bit_kernel_bytes: int = 0
@@ -118,6 +121,7 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.onnxruntime",
             _INTEGERS,
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
+            attention="blocks",
             weight_bytes={"fp32": 8.0},  # the file in memory, and packed for its kernels
             low_bit_copies=2.0,
             runs=Runs("minimum"),  # an older one may lack an operator, or run it otherwise

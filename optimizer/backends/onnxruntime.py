@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer.backends import Built, How
+from optimizer.backends.onnxruntime_attention import use_blocks
 from optimizer.backends.onnxruntime_kernels import KERNELS, use_kernels
 from optimizer.onnx_files import read_stored
 from optimizer.progress import Progress
@@ -22,6 +23,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # no
     """Write graph and weights into `out`; the session optimizes when it opens."""
     model = read_stored(source / _GRAPH)
     use_kernels(model)
+    use_blocks(model)
     ir.save(model, out / _GRAPH, external_data=_WEIGHTS)
     if not (out / _WEIGHTS).is_file():
         (out / _WEIGHTS).touch()

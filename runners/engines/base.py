@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from mmap import mmap
 from types import TracebackType
 from typing import Any, ClassVar, Self, final
 
 import numpy as np
 
-from profiles.errors import BundleError, DeviceMismatch
+from profiles.errors import BundleError, DeviceMismatch, OutOfMemory
 from runners.signature import Signature
 
 __all__ = ["Array", "Buffer", "DeviceEngine", "Engine", "Properties"]
@@ -30,6 +31,9 @@ class Engine(ABC):
 
     compiles_shapes: ClassVar[bool] = False
     """Whether each shape is compiled anew, and takes memory of its own."""
+
+    exhausted: ClassVar[tuple[str, ...]] = ()
+    """What the library says, in lower case, where it gets no memory."""
 
     def __init__(
         self,
@@ -61,8 +65,9 @@ class Engine(ABC):
 
     @final
     def __enter__(self) -> Self:
-        """Load the engine."""
-        self._open()
+        """Load the engine; OutOfMemory where there isn't enough for it."""
+        with self._told():
+            self._open()
         self._opened = True
         return self
 
@@ -87,12 +92,29 @@ class Engine(ABC):
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run on `feeds`; the outputs are the caller's to keep.
 
-        Raises SpecError where an array's name, dtype or shape isn't the signature's.
+        Raises SpecError where an array's name, dtype or shape isn't the signature's, OutOfMemory
+        where there isn't enough for this shape.
         """
         if not self._opened:
             raise RuntimeError("the engine is not open: use it as a context manager")
         self.signature.check(feeds)
-        return self._run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+        with self._told():
+            return self._run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever a library raises where it gets no memory, as OutOfMemory."""
+        try:
+            yield
+        except OutOfMemory:
+            raise
+        except Exception as error:
+            said = f"{error} {error.__cause__ or ''}".lower()
+            if not isinstance(error, MemoryError) and not any(w in said for w in self.exhausted):
+                raise
+            raise OutOfMemory(
+                "An engine got no memory: close other programs, or take a smaller size or batch."
+            ) from error
 
     @staticmethod
     def _same(name: str, wanted: object, got: object) -> None:
@@ -123,7 +145,8 @@ class DeviceEngine(Engine):
         if not self._opened:
             raise RuntimeError("the engine is not open: use it as a context manager")
         self.signature.check(feeds)
-        return self._run_tensors({name: tensor.contiguous() for name, tensor in feeds.items()})
+        with self._told():
+            return self._run_tensors({name: tensor.contiguous() for name, tensor in feeds.items()})
 
     @final
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:

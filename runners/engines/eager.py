@@ -35,6 +35,8 @@ class EagerEngine(Engine):
     Raises MissingError for NF4 layers without bitsandbytes.
     """
 
+    exhausted = ("can't allocate memory", "not enough memory", "out of memory")
+
     def _open(self) -> None:
         try:
             config = json.loads(bytes(self.files["config"]))

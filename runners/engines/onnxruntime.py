@@ -23,6 +23,8 @@ class OnnxRuntimeEngine(Engine):
     weight-only layers to 8 bits.
     """
 
+    exhausted = ("failed to allocate memory", "bad allocation", "bad_alloc")
+
     def _open(self) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads

@@ -36,6 +36,7 @@ class OpenVinoEngine(Engine):
     """
 
     compiles_shapes = True
+    exhausted = ("bad_alloc", "failed to allocate", "cannot allocate memory", "out of memory")
 
     def _open(self) -> None:
         self._core = ov.Core()

@@ -105,6 +105,8 @@ class TensorRtEngine(DeviceEngine):
     Raises DeviceMismatch where the library's version, or the card, isn't what the engine is for.
     """
 
+    exhausted = ("out of memory", "outofmemory", "cuda error 2")
+
     @classmethod
     def usable_here(cls, properties: Properties) -> bool:
         """Whether there is a card, of an architecture that the engine was built for."""

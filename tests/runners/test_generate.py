@@ -59,6 +59,7 @@ def test_a_picture_says_how_to_make_it_again(
         "model_digest": manifest["model"]["digest"],
         "bundle": manifest["key"],
         "kiln": manifest["kiln"],
+        "way": {"variant": "none", "residency": "keep", "tiled": False, "batch": 1},
     }
     with Image.open(first) as image:
         assert image.size == (96, 64)
@@ -140,6 +141,7 @@ def test_an_edited_picture_says_how_to_make_it_again(
         "model_digest": manifest["model"]["digest"],
         "bundle": manifest["key"],
         "kiln": manifest["kiln"],
+        "way": {"variant": "none", "residency": "keep", "tiled": False, "batch": 1},
     }
     document = json.loads(ended.out)
     assert document["images"] == [{"file": str(first), "seed": 7}]

@@ -17,13 +17,15 @@ __all__ = ["Watched", "measure"]
 Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
 """A command and its environment -> seconds, and peak resident bytes."""
 
+_LEVELS: dict[str, tuple[str, ...]] = {"int8": (), "int4": ("--solver", "hqq")}
+"""Level -> its other options: HQQ needs no recorded runs, GPTQ's covariances several passes."""
+
 _OPTIONS = ("--size-range", "256:1024", "--calibration-size", "256", "--steps", "2", "--batch", "1")
 
 
 def measure(console: Console, watched: Watched) -> dict[str, Any]:
     """Compile it to int8, then to int4, which shares the recorded runs and all but the UNet."""
     from optimizer.worker import run_stage
-    from runners.bundle import read_manifest
 
     rows = {}
     with tempfile.TemporaryDirectory() as private:
@@ -33,29 +35,38 @@ def measure(console: Console, watched: Watched) -> dict[str, Any]:
         with console.stage("Full-size SDXL: make weights") as stage:
             target = "benchmarks.full_models:make_sdxl"
             run_stage(target, (folder / "model",), progress=stage.progress)
-        for quant in ("int8", "int4"):
+        for quant, more in _LEVELS.items():
             out = folder / quant
             command = [sys.executable, "-m", "runners.cli", "compile", str(folder / "model")]
-            options = ["--quant", quant, *_OPTIONS, "-o", str(out)]
+            options = ["--quant", quant, *more, *_OPTIONS, "-o", str(out)]
             with console.stage(f"Full-size SDXL: compile, {quant}"):
                 seconds, peak = watched([*command, *options], environment)
-            manifest = read_manifest(out)
-            denoiser = manifest.component("denoiser")
-            assert manifest.speed is not None
             rows[quant] = {
                 "seconds": round(seconds, 1),
                 "peak_rss_bytes": peak,
-                "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
-                "denoiser_bytes": denoiser.engine_bytes,
-                "denoiser_fp32_bytes": denoiser.fp32_bytes,
-                "layers": denoiser.layers_quantized,
-                "layers_low_bit": denoiser.layers_low_bit,
-                "sqnr_db": denoiser.sqnr_db,
-                "oracle_sqnr_db": denoiser.oracle_sqnr_db,
-                "step": json.loads(manifest.speed.model_dump_json()),
+                **_facts(out),
                 "stages": _stage_seconds(folder / "cache"),
             }
     return {"options": _OPTIONS, "rows": rows}
+
+
+def _facts(bundle: Path) -> dict[str, Any]:
+    """What the bundle's manifest says of its size, quality and speed."""
+    from runners.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    denoiser = manifest.component("denoiser")
+    assert manifest.speed is not None
+    return {
+        "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
+        "denoiser_bytes": denoiser.engine_bytes,
+        "denoiser_fp32_bytes": denoiser.fp32_bytes,
+        "layers": denoiser.layers_quantized,
+        "layers_low_bit": denoiser.layers_low_bit,
+        "sqnr_db": denoiser.sqnr_db,
+        "oracle_sqnr_db": denoiser.oracle_sqnr_db,
+        "step": json.loads(manifest.speed.model_dump_json()),
+    }
 
 
 def _stage_seconds(cache: Path) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ import psutil
 
 from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
+from optimizer.controlnet import ControlSource
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
 from optimizer.requiring import requires_of
@@ -26,6 +27,7 @@ from runners.manifest import (
     SCHEMA,
     AutoencoderEntry,
     ComponentEntry,
+    ControlEntry,
     FileEntry,
     Manifest,
     ModelEntry,
@@ -263,6 +265,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             pipeline_class=source.pipeline_class,
             settings=source.settings,
             vae=source.vae and _autoencoder(source.vae),
+            controls=_controls(source),
         ),
         native_size=plan.native_size,
         size_step=plan.size_step,
@@ -280,7 +283,20 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
     )
 
 
-def _name(source: ModelSource | AutoencoderSource) -> str:
+def _controls(source: ModelSource) -> tuple[ControlEntry, ...]:
+    return tuple(
+        ControlEntry(
+            component=component,
+            name=_name(control),
+            revision=control.revision,
+            digest=control.digest,
+            class_name=control.class_name,
+        )
+        for component, control in zip(source.control_folders, source.controls, strict=True)
+    )
+
+
+def _name(source: ModelSource | AutoencoderSource | ControlSource) -> str:
     return source.name if source.kind == "hub" else Path(source.name).resolve().name
 
 
@@ -309,4 +325,7 @@ def _portable(plan: Plan) -> dict[str, Any]:
     for field, source in (("model", plan.source), ("vae", plan.source.vae)):
         if source is not None and source.kind != "hub" and Path(source.name).is_absolute():
             recipe[field] = Path(source.name).name
+    recipe["controlnets"] = [
+        Path(name).name if Path(name).is_absolute() else name for name in recipe["controlnets"]
+    ]
     return recipe

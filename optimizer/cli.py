@@ -24,6 +24,9 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--vae", metavar="DIR", help="Autoencoder for the model's own: a folder or hub id.")
 @click.option("--vae-revision", help="Commit, tag or branch of a hub autoencoder.")
 @click.option(
+    "--controlnet", metavar="DIR[,DIR]", help="ControlNets beside it: folders or hub ids[@REV]."
+)
+@click.option(
     "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
 )
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
@@ -78,6 +81,7 @@ def compile_command(
     revision: str | None,
     vae: str | None,
     vae_revision: str | None,
+    controlnet: str | None,
     prediction_type: str | None,
     quant: str | None,
     solver: str | None,
@@ -103,6 +107,7 @@ def compile_command(
         "revision": revision,
         "vae": vae,
         "vae_revision": vae_revision,
+        "controlnets": controlnet and _names(controlnet),
         "prediction_type": prediction_type,
         "quant": quant,
         "solver": solver,
@@ -193,7 +198,11 @@ def analyze_command(
 
 
 def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
-    from optimizer.known_models import remembered, remembered_autoencoder
+    from optimizer.known_models import (
+        remembered,
+        remembered_autoencoder,
+        remembered_controlnet,
+    )
     from optimizer.recipe import checked, load_recipe
 
     if file is None:
@@ -209,7 +218,25 @@ def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
     ):
         if name not in given and written[digest] and not Path(written[name]).exists():
             written[name] = place(written[digest]) or written[name]
+    if "controlnets" in given:
+        written["controlnet_digests"] = ()
+    elif written["controlnet_digests"]:
+        named = zip(written["controlnets"], written["controlnet_digests"], strict=True)
+        written["controlnets"] = [
+            name if Path(name).exists() else remembered_controlnet(digest) or name
+            for name, digest in named
+        ]
     return checked({**written, **given})
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The control networks that `--controlnet` names, between commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise SpecError(
+            f"--controlnet {text} names nothing between two commas: write it as DIR or DIR,DIR."
+        )
+    return names
 
 
 def _sizes(size_range: str | None, size: str | None) -> dict[str, int]:

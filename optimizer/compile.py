@@ -16,6 +16,7 @@ from typing import Any
 from optimizer import bundling
 from optimizer.autoencoder import with_autoencoder
 from optimizer.backends import backend
+from optimizer.controlnet import with_controlnets
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
 from optimizer.known_models import remember, remember_bundle
@@ -73,6 +74,7 @@ def plan_recipe(
     )
     if recipe.vae is not None:
         source = with_autoencoder(source, recipe.vae, revision=recipe.vae_revision, console=console)
+    source = with_controlnets(source, recipe.controlnets, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
@@ -138,9 +140,11 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
         plan = choice.plan
         stages = stages.of(plan)
     engines = {}
+    controlled = stages.record_controls(recorded) if plan.source.controls else recorded
     for job in plan.jobs:
-        prepared = stages.prepare(job, recorded, observed)
-        engines[job.spec.name] = stages.engine(job, prepared, recorded)
+        runs = controlled if job.spec.role == "controlnet" else recorded
+        prepared = stages.prepare(job, runs, observed)
+        engines[job.spec.name] = stages.engine(job, prepared, runs)
     speed = stages.speed(recorded, engines)
 
     made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
@@ -168,7 +172,7 @@ class Observed:
     covariances: Path | None
 
 
-_NAMES = {"model", "digest", "vae", "vae_digest"}
+_NAMES = {"model", "digest", "vae", "vae_digest", "controlnets", "controlnet_digests"}
 """Of a recipe: what the stages' keys say by files' digests."""
 
 
@@ -183,6 +187,10 @@ class _Stages:
         self._took: dict[Path, float] = {}
         self._machine = hardware.cpu.model_dump(mode="json")
         self._vae = {"vae": plan.source.vae.digest} if plan.source.vae else {}
+        self._controls = {
+            name: control.digest
+            for name, control in zip(plan.source.control_folders, plan.source.controls, strict=True)
+        }
         self._runs = {
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
@@ -209,6 +217,12 @@ class _Stages:
         """Held-out denoising runs in fp32."""
         key = {**self._runs, **self._vae, "what": "held-out"}
         return self._run("record", "Record fp32 runs", key, "optimizer.record:record", ())
+
+    def record_controls(self, recorded: Path) -> Path:
+        """Calls of the control networks, and of the denoiser with what they give."""
+        key = {**self._runs, **self._vae, "what": "controls", "controls": self._controls}
+        target = "optimizer.controlling:record_controls"
+        return self._run("record", "Record control networks", key, target, (recorded,))
 
     def of(self, plan: Plan) -> _Stages:
         """The stages of another plan of the same model on the same machine."""
@@ -317,6 +331,7 @@ class _Stages:
         return {
             **self._runs,
             **(self._vae if job.spec.role.startswith("vae") else {}),
+            **({"controls": self._controls} if job.spec.role == "controlnet" else {}),
             "component": job.spec.name,
             "policy": job.policy.model_dump(mode="json"),
             "signature": job.signature.model_dump(mode="json"),

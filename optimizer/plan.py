@@ -19,6 +19,7 @@ from optimizer.configs import Config
 from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.controls import with_controls
 from optimizer.families.parts import with_vae
 from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
@@ -160,6 +161,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     known = family_named(source.family).of(source.folders)
     if source.kind == "onnx":
         known = as_exported(known)
+    known = with_controls(known, len(source.controls))
     configs = {
         folder: source.checked_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)
@@ -191,6 +193,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "digest": source.digest,
             "vae_revision": source.vae and source.vae.revision,
             "vae_digest": source.vae and source.vae.digest,
+            "controlnets": tuple(control.pinned for control in source.controls),
+            "controlnet_digests": tuple(control.digest for control in source.controls),
         }
     )
     signatures = _signatures(known, source, configs, ranges)
@@ -227,6 +231,13 @@ def _require_digests(recipe: Recipe, source: ModelSource) -> None:
             f"{source.vae.name} isn't the autoencoder that the recipe was made for (its files "
             "differ): give the right one with --vae, or remove `vae_digest` from the recipe."
         )
+    for control, wanted in zip(source.controls, recipe.controlnet_digests, strict=False):
+        if wanted != control.digest:
+            raise SpecError(
+                f"{control.name} isn't the control network that the recipe was made for (its files "
+                "differ): give the right one with --controlnet, or remove `controlnet_digests` "
+                "from the recipe."
+            )
 
 
 def _signatures(

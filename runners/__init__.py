@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ def load(
     threads: int | None = None,
     trust: str | Path | None = None,
     verify: Literal["changed", "always"] = "changed",
+    controlnets: Sequence[str] | None = None,
 ) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
@@ -25,7 +27,8 @@ def load(
     `threads` is the number of CPU threads (default: the physical cores), `trust` a NAME.pub or a
     trust file (default: the user's own) that says whose bundles may run beside those compiled on
     this machine. `verify` "always" hashes large files though they haven't changed since they were
-    last hashed. The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
+    last hashed. `controlnets` are those of the bundle's that a task with "control" has (default:
+    all). The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
     Raises UntrustedError where nobody trusted has signed the bundle, what `require_compatible`
     raises where it doesn't fit this machine, BundleError when a byte is wrong, SelfTestError where
     its self-test failed here, SpecError for a path that is no bundle or an unknown task.
@@ -46,4 +49,4 @@ def load(
 
     from runners.pipeline import load as load_pipeline  # torch and all: only for verified bytes
 
-    return load_pipeline(opened, task=task, threads=threads)
+    return load_pipeline(opened, task=task, threads=threads, controlnets=controlnets)

@@ -13,6 +13,7 @@ import click
 import runners
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
+from runners.control_options import parse_control
 from runners.outputs import require_writable
 from runners.requests import Request, check_request, outpaint_of, size_of
 
@@ -37,6 +38,13 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--strength", type=float, help="Of the noise on --image: 0 none, 1 all."),
         click.option("--mask", type=_FILE, help="White where --image is repainted."),
         click.option("--outpaint", metavar="L,T,R,B", help="Pixels to extend --image by."),
+        click.option(
+            "--control",
+            "controls",
+            multiple=True,
+            metavar="[canny:]FILE[:WEIGHT[:START-END]]",
+            help="Control image, one a network of the bundle, in its order, or NETWORK=FILE.",
+        ),
         click.option(
             "--clip-skip", type=int, help="1 the text encoder's last layer, 2 the one before, ..."
         ),
@@ -75,6 +83,7 @@ def generate(
     strength: float | None,
     mask: Path | None,
     outpaint: str | None,
+    controls: tuple[str, ...],
     clip_skip: int | None,
     threads: int | None,
     trust: Path | None,
@@ -106,6 +115,7 @@ def generate(
         outpaint=outpaint_of(outpaint),
         strength=strength,
         clip_skip=clip_skip,
+        controls=tuple(parse_control(text) for text in controls),
     )
     if threads is not None and threads < 1:
         raise SpecError(f"--threads {threads} is not possible: use 1 or more.")
@@ -113,8 +123,8 @@ def generate(
     names = _names(out, count)
     console = Console(json_output=as_json, verbose=verbose)
     load = partial(runners.load, bundle, threads=threads, trust=trust, verify=verify)
-    drawing, pipeline = _loaded(bundle, request, trust, load, console)
-    _draw(pipeline, request, drawing, names, console)
+    pictures, pipeline = _loaded(bundle, request, trust, load, console)
+    _draw(pipeline, request, pictures, names, console)
 
 
 def _loaded(
@@ -124,21 +134,29 @@ def _loaded(
     load: Callable[..., Any],
     console: Console,
 ) -> tuple[Any, Any]:
-    """What is to be drawn and the pipeline; every picture is read before the bundle loads."""
+    """`pictures` of what is to be drawn, and the pipeline; all files are read before it loads."""
     from runners.bundle import trusted_manifest
+    from runners.control_images import controls_of
     from runners.drawing import drawing_of
     from runners.installed import located
     from runners.trust import load_trust
+    from runners.workflows import pictures
 
     bundle = located(bundle)
-    drawing = drawing_of(request, trusted_manifest(bundle, trust=load_trust(trust)))
+    manifest = trusted_manifest(bundle, trust=load_trust(trust))
+    drawing = drawing_of(request, manifest)
+    controls = controls_of(request.controls, manifest, drawing)
     with console.stage(f"Load {bundle}"):
-        pipeline = load(task=request.task)
-    return drawing, pipeline
+        pipeline = load(task=request.task, controlnets=controls.networks)
+    return partial(pictures, drawing=drawing, controls=controls), pipeline
 
 
 def _draw(
-    pipeline: Any, request: Request, drawing: Any, names: list[Path], console: Console
+    pipeline: Any,
+    request: Request,
+    pictures: Callable[..., Iterator[Any]],
+    names: list[Path],
+    console: Console,
 ) -> None:
     """Draw and save, each picture as it is finished, and release the engines."""
     from runners import metadata
@@ -146,7 +164,7 @@ def _draw(
     start = time.monotonic()
     saved: list[dict[str, Any]] = []
     try:
-        shown = _shown(pipeline, request, drawing, console)
+        shown = _shown(pipeline, request, pictures, console)
         for (image, facts), path in zip(shown, names, strict=True):
             metadata.save_picture(image, path, facts)
             saved.append({"file": str(path), "seed": facts.pop("seed")})
@@ -161,10 +179,10 @@ def _draw(
     )
 
 
-def _shown(pipeline: Any, request: Request, drawing: Any, console: Console) -> Iterator[Any]:
+def _shown(
+    pipeline: Any, request: Request, pictures: Callable[..., Iterator[Any]], console: Console
+) -> Iterator[Any]:
     """The pictures, with a progress bar over all steps."""
-    from runners.workflows import pictures
-
     rounds = -(-request.count // request.batch)
     with console.stage(f"Draw {request.count}") as stage:
         done = 0
@@ -175,7 +193,7 @@ def _shown(pipeline: Any, request: Request, drawing: Any, console: Console) -> I
             stage.progress(done, max(rounds * _pipe.num_timesteps, done))
             return values
 
-        yield from pictures(pipeline, request, drawing=drawing, on_step=step, say=console.info)
+        yield from pictures(pipeline, request, on_step=step, say=console.info)
 
 
 def _names(out: Path, count: int) -> list[Path]:

@@ -14,6 +14,7 @@ __all__ = [
     "SCHEMA",
     "AutoencoderEntry",
     "ComponentEntry",
+    "ControlEntry",
     "FileEntry",
     "Manifest",
     "ModelEntry",
@@ -21,7 +22,7 @@ __all__ = [
     "Speed",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,22 @@ class AutoencoderEntry(BaseModel):
     """diffusers' class."""
 
 
+class ControlEntry(BaseModel):
+    """Where the weights of a control network came from."""
+
+    model_config = _STRICT
+
+    component: str
+    """What the bundle calls it."""
+    name: str
+    """A hub id, or the name of a folder."""
+    revision: str | None
+    digest: str
+    """sha256 over the digests of the files that were read."""
+    class_name: str
+    """diffusers' class."""
+
+
 class ModelEntry(BaseModel):
     """Where the weights came from."""
 
@@ -70,6 +87,8 @@ class ModelEntry(BaseModel):
     """What model_index.json says of the pipeline beside its parts."""
     vae: AutoencoderEntry | None = None
     """In the place of the model's own VAE."""
+    controls: tuple[ControlEntry, ...] = ()
+    """Control networks beside the model, in the order in which they were given."""
 
 
 class ComponentEntry(BaseModel):

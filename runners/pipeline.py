@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ import transformers
 from profiles.errors import BundleError, SpecError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle
+from runners.control_adapters import ControlNetAdapter
+from runners.control_tasks import CONTROL, CONTROL_TASKS
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
-from runners.manifest import ComponentEntry
+from runners.manifest import ComponentEntry, Manifest
 from runners.selftest import require_selftest
 
 __all__ = [
@@ -111,13 +113,20 @@ def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engin
     )
 
 
-def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = None) -> Any:
+def load(
+    opened: Bundle,
+    *,
+    task: str = "text-to-image",
+    threads: int | None = None,
+    controlnets: Sequence[str] | None = None,
+) -> Any:
     """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
-    `runners.load` opens it, and asks whether it fits this machine. Raises BundleError for a
-    pipeline that isn't known here, SpecError for an unknown task.
+    `runners.load` opens it, and asks whether it fits this machine. `controlnets` are the control
+    networks that a task with control images has (default: all). Raises BundleError for a
+    pipeline that isn't known here, SpecError for an unknown task or network.
     """
-    tasks = TASKS.get(opened.manifest.model.pipeline_class)
+    tasks = _tasks_of(opened.manifest)
     if tasks is None:
         raise BundleError(
             f"{opened.path} names the pipeline {opened.manifest.model.pipeline_class}; this kiln "
@@ -128,13 +137,34 @@ def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = N
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}{needs}.")
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count)
-    pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
+    controls = _controls_of(opened.manifest, controlnets) if task.startswith(CONTROL) else ()
+    pipeline = _assembled(getattr(diffusers, tasks[task]), loaded, controls)
     pipeline.kiln = loaded
     pipeline.set_progress_bar_config(disable=True)
     if opened.manifest.on_card:
         _choose_card(opened)
         pipeline.to("cuda")
     return pipeline
+
+
+def _tasks_of(manifest: Manifest) -> dict[str, str] | None:
+    """Task -> diffusers' class; None for a pipeline that isn't known here."""
+    name = manifest.model.pipeline_class
+    controlled = CONTROL_TASKS.get(name, {}) if _networks(manifest) else {}
+    return None if name not in TASKS else {**TASKS[name], **controlled}
+
+
+def _networks(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(entry.name for entry in manifest.components if entry.role == "controlnet")
+
+
+def _controls_of(manifest: Manifest, asked: Sequence[str] | None) -> tuple[str, ...]:
+    there = _networks(manifest)
+    if absent := [name for name in asked or () if name not in there]:
+        raise SpecError(
+            f"The bundle has no control network {absent[0]}: use one of {', '.join(there)}."
+        )
+    return tuple(asked or there)
 
 
 def _choose_card(bundle: Bundle) -> None:
@@ -152,7 +182,7 @@ def _choose_card(bundle: Bundle) -> None:
         torch.cuda.set_device(max(fitting, key=lambda index: fitting[index]))
 
 
-def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
+def _assembled(cls: Any, loaded: LoadedBundle, controls: tuple[str, ...]) -> Any:
     bundle = loaded.bundle
     parts: dict[str, Any] = {"scheduler": _scheduler(bundle)}
     for name in sorted({path.split("/")[0] for path in bundle.manifest.files}):
@@ -160,9 +190,17 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
             with bundle.folder(name) as folder:
                 parts[name] = tokenizer_in(folder)
     for entry in bundle.manifest.components:
-        if not entry.role.startswith("vae"):
+        if not entry.role.startswith(("vae", "controlnet")):
             config, engine = bundle.json(entry.config), partial(loaded.engine, entry.name)
             parts[entry.name] = adapter_of(entry.role, entry.wrapper)(config, engine)
+    if controls:
+        nets = [
+            ControlNetAdapter(
+                bundle.json(bundle.manifest.named(name).config), partial(loaded.engine, name)
+            )
+            for name in controls
+        ]
+        parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     parts["vae"] = VaeAdapter(
         bundle.json(bundle.manifest.component("vae_decoder").config),
         encoder=partial(loaded.engine, "vae_encoder"),

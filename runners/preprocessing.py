@@ -13,7 +13,7 @@ from PIL import Image
 
 from profiles.errors import MissingError
 
-__all__ = ["PREPROCESSORS", "canny"]
+__all__ = ["MAPS", "canny"]
 
 _SIGMA, _LOW, _HIGH = 1.0, 0.05, 0.1
 """Of skimage's canny: its default blur, and half its default limits, at which a step of about 50
@@ -37,5 +37,5 @@ def canny(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.where(edges, 255, 0).astype(np.uint8)).convert("RGB")
 
 
-PREPROCESSORS: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny}
-"""Name before the file's -> picture to map."""
+MAPS: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny}
+"""A name of `runners.control_options.PREPROCESSORS` -> picture to map."""

@@ -29,6 +29,9 @@ class Dim(BaseModel):
     """The value that matters most; engines that tune for one shape tune for this."""
     max: int
     multiple_of: int = 1
+    of: str | None = None
+    """A dim that this one follows from: it is the `per`-th part of that, rounded up."""
+    per: int = 1
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -48,6 +51,10 @@ class Dim(BaseModel):
         low, high = -(-self.min // step) * step, self.max // step * step
         rounded = (value + step // 2) // step * step
         return max(low, min(high, rounded))
+
+    def following(self, values: Mapping[str, int]) -> int:
+        """The value that follows from those of other dims; its own where it follows from none."""
+        return values[self.name] if self.of is None else -(-values[self.of] // self.per)
 
     @property
     def fixed(self) -> bool:
@@ -102,6 +109,12 @@ class Signature(BaseModel):
         values: dict[str, int] = {}
         for spec in self.inputs:
             self._check_one(spec, feeds[spec.name], values)
+        for dim in self.dims:
+            if dim.of is not None and values[dim.name] != dim.following(values):
+                raise SpecError(
+                    f"The engine's {dim.name} is {values[dim.name]}, and {dim.following(values)} "
+                    f"follows from {dim.of} {values[dim.of]}."
+                )
         return values
 
     def _check_one(self, spec: TensorSpec, array: Any, values: dict[str, int]) -> None:

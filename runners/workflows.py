@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from profiles.errors import SpecError
+from runners.control_images import Controls, controls_of
 from runners.drawing import Drawing, drawing_of
 from runners.requests import Request
 from runners.schedulers import spreads_steps, with_scheduler
@@ -24,26 +25,35 @@ def pictures(
     request: Request,
     *,
     drawing: Drawing | None = None,
+    controls: Controls | None = None,
     on_step: OnStep | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Draw the request: (PIL image, its facts), one by one.
 
-    `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` where that was
-    called already; `say` gets a sentence for whatever is fitted or cut. The noise of every picture
-    is drawn on the CPU from its own seed, so a seed means the same picture in any batch and on any
-    machine. Raises SpecError for what can't be drawn, with the nearest that can.
+    `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` and `controls`
+    the same of `controls_of`, where they were called already; `say` gets a sentence for whatever is
+    fitted or cut. The noise of every picture is drawn on the CPU from its own seed, so a seed means
+    the same picture in any batch and on any machine. Raises SpecError for what can't be drawn, with
+    the nearest that can.
     """
     from runners.prompting import prompts_of
 
     if request.scheduler is not None:
         with_scheduler(pipeline, request.scheduler)
-    drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
+    manifest = pipeline.kiln.manifest
+    drawing = drawing or drawing_of(request, manifest)
+    controls = controls or controls_of(request.controls, manifest, drawing)
     settings = _settings(pipeline, request, drawing)
     prompts = prompts_of(
         pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
     )
-    for note in (*drawing.notes, *prompts.notes, *_notes(pipeline, request, settings)):
+    for note in (
+        *drawing.notes,
+        *controls.notes,
+        *prompts.notes,
+        *_notes(pipeline, request, settings),
+    ):
         if say is not None:
             say(note)
     cell = pipeline.vae_scale_factor
@@ -53,11 +63,13 @@ def pictures(
         drawn = pipeline(
             **prompts.arguments(len(seeds)),
             **drawing.arguments(len(seeds), cell=cell),
+            **controls.arguments(request.task),
             **settings,
             generator=_generators(seeds),
             callback_on_step_end=on_step,
         ).images
-        facts = {**_facts(pipeline, request, settings), **drawing.facts, **prompts.facts}
+        own_facts = {**drawing.facts, **controls.facts, **prompts.facts}
+        facts = {**_facts(pipeline, request, settings), **own_facts}
         for image, own in zip(drawn, seeds, strict=True):
             result = drawing.finished(image, cell=cell)
             yield result, {**facts, "width": result.width, "height": result.height, "seed": own}

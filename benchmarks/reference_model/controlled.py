@@ -1,4 +1,4 @@
-"""Scenes for a ControlNet: what it is shown, captions that leave the shape open, shapes found again.
+"""Scenes for a ControlNet: what it is shown, captions that leave shapes open, shapes found again.
 
 It is shown edges, as `kiln generate --control canny:FILE` makes them of a picture.
 """

@@ -108,11 +108,12 @@ def _set_of(pipeline: StableDiffusionPipeline, scenes: list[Scene], device: torc
         for text in (open_caption(scene), caption_of(scene, int(rng.integers(PHRASINGS))), "")
     ]
     ids = token_ids(pipeline.tokenizer, captions)
-    words = [_encoded(pipeline.text_encoder, part.to(device)) for part in ids.split(300)]
+    parts = [ids[start : start + 300].to(device) for start in range(0, len(ids), 300)]
+    words = torch.cat([_encoded(pipeline.text_encoder, part) for part in parts])
     return _Set(
         latents * pipeline.vae.config.scaling_factor,
         np.stack([edges_of(scene, seed, rng) for seed, scene in enumerate(scenes)]),
-        torch.cat(words).unflatten(0, (len(scenes), -1)),
+        words.reshape(len(scenes), -1, *words.shape[1:]),
     )
 
 

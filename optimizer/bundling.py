@@ -17,6 +17,7 @@ from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.controlnet import ControlSource
 from optimizer.digests import file_digests, sha256_file
+from optimizer.forms import BUILT as FORM_BUILT
 from optimizer.plan import Job, Plan
 from optimizer.requiring import requires_of
 from optimizer.source import ModelSource
@@ -29,6 +30,7 @@ from runners.manifest import (
     ComponentEntry,
     ControlEntry,
     FileEntry,
+    FormEntry,
     Manifest,
     ModelEntry,
     Picture,
@@ -69,6 +71,8 @@ class Made:
     hardware: Hardware
     seconds: float
     """What the stages took."""
+    forms: Mapping[str, Path]
+    """Those of the denoiser, by name."""
 
 
 def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
@@ -200,6 +204,7 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     for name in (*built["files"].values(), built["selftest"]):
         if name is not None:
             shutil.copyfile(engine / name, target / name)
+    forms = {name: _form(name, job, made, target) for name in job.forms}
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
@@ -215,6 +220,7 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         dtype=job.dtype,
         signature=job.signature,
         files={role: f"{job.spec.name}/{name}" for role, name in built["files"].items()},
+        forms=forms,
         config=config,
         properties=built["properties"],
         parameters=job.parameters,
@@ -237,6 +243,21 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
         selftest_db=built["selftest_db"],
+    )
+
+
+def _form(name: str, job: Job, made: Made, target: Path) -> FormEntry:
+    """A form of an engine that is in `target`; its own files are copied there too."""
+    entry = made.forms[name]
+    built: dict[str, Any] = json.loads((entry / FORM_BUILT).read_text("utf-8"))
+    for file in built["files"].values():
+        if (entry / file).is_file():
+            shutil.copyfile(entry / file, target / file)
+    return FormEntry(
+        files={role: f"{job.spec.name}/{file}" for role, file in built["files"].items()},
+        signature=job.forms[name],
+        properties=built["properties"],
+        sqnr_db=built["sqnr_db"],
     )
 
 

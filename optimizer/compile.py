@@ -139,15 +139,18 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
         stages.console.info(f"Policy: {choice.solved.describe()}")
         plan = choice.plan
         stages = stages.of(plan)
-    engines = {}
+    engines, forms = {}, {}
     controlled = stages.record_controls(recorded) if plan.source.controls else recorded
     for job in plan.jobs:
         runs = controlled if job.spec.role == "controlnet" else recorded
         prepared = stages.prepare(job, runs, observed)
         engines[job.spec.name] = stages.engine(job, prepared, runs)
+        for form in job.forms:
+            runs_of = (recorded, controlled)
+            forms[form] = stages.form(job, prepared, engines[job.spec.name], *runs_of)
     speed = stages.speed(recorded, engines)
 
-    made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
+    made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds, forms)
     return bundling.assemble(plan, made, out, stages.draw)
 
 
@@ -297,6 +300,17 @@ class _Stages:
         title = f"Build and check {job.spec.name}"
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
+
+    def form(
+        self, job: Job, prepared: Path, engine: Path, recorded: Path, controlled: Path
+    ) -> Path:
+        """The denoiser's graph with residuals, over the weights of its engine."""
+        key = {"what": "control", "engine": engine.name, "controls": self._controls}
+        title = f"Build and check {job.spec.name} with residuals"
+        arguments = (job, prepared, engine, recorded, controlled)
+        return self._run(
+            "form", title, key, "optimizer.forms:build_control", arguments, planned=False
+        )
 
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
         """One denoising step, timed against eager fp32; None where one of both can't run here."""

@@ -45,9 +45,8 @@ def _joins_a_skip(node: ir.Node) -> bool:
     if node.op_type != "Concat" or len(node.inputs) != 2:
         return False
     shapes = [value.shape for value in node.inputs if value is not None]
-    return node.attributes["axis"].as_int() == 1 and all(
-        shape is not None and len(shape) == 4 for shape in shapes
-    )
+    ranks = {len(shape) for shape in shapes if shape is not None}  # not all are known
+    return node.attributes["axis"].as_int() == 1 and ranks <= {4}
 
 
 def _input(spec: TensorSpec) -> ir.Value:

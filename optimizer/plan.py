@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from optimizer.backends import How
+from optimizer.backends import BACKENDS, Backend, How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.configs import Config
 from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
-from optimizer.families.controls import with_controls
+from optimizer.families.controls import controlled_signature, with_controls
 from optimizer.families.parts import with_vae
 from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
@@ -35,6 +35,7 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from profiles.target import parse_target
+from runners.control_tasks import CONTROL
 from runners.signature import Dim, Signature
 
 __all__ = ["Job", "Plan", "make_plan", "with_policy"]
@@ -67,6 +68,8 @@ class Job:
     layers_total: int
     low_bit_kernels: int
     """How many layers the backend must be seen to run on kernels of 8 bits or fewer."""
+    forms: Mapping[str, Signature]
+    """Further forms, by name, and what each takes."""
     parameters: int
     predicted_bytes: int
     """Of the engine's files, from the policy and the parameters' shapes."""
@@ -98,6 +101,10 @@ class Job:
             capabilities=self.capabilities,
             weight_streaming=self.weight_streaming,
         )
+
+    def how_form(self, name: str) -> How:
+        """The same of one of its forms."""
+        return replace(self.how, wrapper=f"{self.spec.wrapper}_{name}", signature=self.forms[name])
 
     @property
     def build_memory_bytes(self) -> int:
@@ -198,7 +205,11 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         }
     )
     signatures = _signatures(known, source, configs, ranges)
-    jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
+    forms = _forms(source, signatures, backend_named(backend))
+    jobs = tuple(
+        _job(spec, source, signatures[spec.name], resolved, forms=forms)
+        for spec in known.components
+    )
     calibration = calibration_of(resolved, source.folder, largest, drawn)
     plan = Plan(
         recipe=resolved,
@@ -257,7 +268,10 @@ def _signatures(
 def with_policy(plan: Plan, policy: Policy) -> Plan:
     """The plan with the denoiser's policy decided."""
     recipe = plan.recipe.model_copy(update={"policy": policy})
-    jobs = tuple(_job(job.spec, plan.source, job.signature, recipe) for job in plan.jobs)
+    jobs = tuple(
+        _job(job.spec, plan.source, job.signature, recipe, forms={"denoiser": job.forms})
+        for job in plan.jobs
+    )
     return replace(plan, recipe=recipe, jobs=jobs)
 
 
@@ -306,7 +320,29 @@ def _drawn_size(asked: int | None, native: int, side: Dim) -> int:
     return asked or side.nearest(native)
 
 
-def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:
+def _forms(
+    source: ModelSource, signatures: Mapping[str, Signature], known: Backend
+) -> dict[str, Mapping[str, Signature]]:
+    """Role -> form -> its signature; UnsupportedError where the backend has none."""
+    if not source.controls:
+        return {}
+    if not known.forms:
+        raise UnsupportedError(
+            f"--controlnet can't be used with the backend {known.name} yet: use "
+            f"{' or '.join(item.name for item in BACKENDS.values() if item.forms)}."
+        )
+    config = source.checked_config("unet")
+    return {"denoiser": {CONTROL: controlled_signature(signatures["unet"], config)}}
+
+
+def _job(
+    spec: ComponentSpec,
+    source: ModelSource,
+    signature: Signature,
+    recipe: Recipe,
+    *,
+    forms: Mapping[str, Mapping[str, Signature]],
+) -> Job:
     """The job of one component, by a recipe with every None decided."""
     known = backend_named(str(recipe.backend))
     shapes = _shapes(spec, source)
@@ -332,6 +368,7 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
         weight_streaming=predicted > _STREAMED * (target.memory_gib or math.inf) * 2**30,
         policy=policy,
         signature=signature,
+        forms=forms.get(spec.role, {}),
         layers=low_bit,
         layers_total=len(layers),
         low_bit_kernels=sum(

@@ -43,13 +43,15 @@ class ControlNet(nn.Module):
         encoder_hidden_states: Tensor,
         controlnet_cells: Tensor,
         conditioning_scale: Tensor,
-        *added: Tensor,
+        text_embeds: Tensor | None = None,
+        size_features: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One step's residuals; what ControlNetModel.forward does, but with given features."""
         module: Any = self.module
         embedded = module.time_embedding(time_features)
-        if added:  # SDXL: text_embeds and size_features
-            embedded = embedded + module.add_embedding(torch.cat(added, dim=-1))
+        if text_embeds is not None and size_features is not None:
+            added = torch.cat((text_embeds, size_features), dim=-1)
+            embedded = embedded + module.add_embedding(added)
         image = functional.pixel_shuffle(controlnet_cells, self._factor)
         if self._flipped:
             image = image.flip(1)
@@ -80,12 +82,11 @@ class ControlledUNet(nn.Module):
         """Wrap a UNet2DConditionModel."""
         super().__init__()
         self.plain = unet_wrapper(module)
-        self._given: tuple[Tensor, ...] = ()
         blocks: Any = module.down_blocks
         self._count = 2 + sum(
             len(block.resnets) + (block.downsamplers is not None) for block in blocks
         )
-        module.register_forward_pre_hook(self._add, with_kwargs=True)
+        self._given: tuple[Tensor, ...] = ()
 
     def _add(self, _module: nn.Module, args: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
         *down, mid = self._given
@@ -95,5 +96,10 @@ class ControlledUNet(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor]:
         """One step's prediction, before guidance."""
         self._given = inputs[-self._count :]
-        found: tuple[Tensor] = self.plain(*inputs[: -self._count])
+        unet: Any = self.plain.module
+        hook = unet.register_forward_pre_hook(self._add, with_kwargs=True)
+        try:
+            found: tuple[Tensor] = self.plain(*inputs[: -self._count])
+        finally:
+            hook.remove()
         return found

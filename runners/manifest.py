@@ -16,6 +16,7 @@ __all__ = [
     "ComponentEntry",
     "ControlEntry",
     "FileEntry",
+    "FormEntry",
     "Manifest",
     "ModelEntry",
     "Picture",
@@ -91,6 +92,19 @@ class ModelEntry(BaseModel):
     """Control networks beside the model, in the order in which they were given."""
 
 
+class FormEntry(BaseModel):
+    """Another graph over the weights of a component's engine, opened when it is first needed."""
+
+    model_config = _STRICT
+
+    files: dict[str, RelativePath]
+    """As the component's; those that it shares are the same."""
+    signature: Signature
+    properties: dict[str, str | int | float | bool]
+    sqnr_db: float | None
+    """Against fp32 eager, on recorded inputs."""
+
+
 class ComponentEntry(BaseModel):
     """One engine: its files, its signature, its settings, and what was measured of it."""
 
@@ -106,6 +120,8 @@ class ComponentEntry(BaseModel):
     signature: Signature
     files: dict[str, RelativePath]
     """What the file is to the backend -> where it lies."""
+    forms: dict[str, FormEntry] = {}
+    """Name -> another form of the engine: "control" takes control networks' residuals."""
     config: RelativePath
     properties: dict[str, str | int | float | bool]
     """Every runtime setting that affects numerics: set at open, read back."""
@@ -197,8 +213,14 @@ class Manifest(BaseModel):
             for name in (*entry.files.values(), entry.config, entry.selftest)
             if name is not None
         )
+        formed = (
+            name
+            for entry in self.components
+            for form in entry.forms.values()
+            for name in form.files.values()
+        )
         drawn = (self.picture.file,) if self.picture is not None else ()
-        if absent := sorted({*used, *drawn} - set(self.files)):
+        if absent := sorted({*used, *formed, *drawn} - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
         return self
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from profiles.errors import SpecError
-from runners.controls import ControlNet
+from runners.controls import ControlledUNet, ControlNet
 from runners.unets import TimestepUNet, unet_wrapper
 
 __all__ = ["WRAPPERS", "component_class", "component_from_config"]
@@ -265,6 +265,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "t5_text": T5Text,
     "controlnet": ControlNet,
     "unet": unet_wrapper,
+    "unet_control": ControlledUNet,
     "unet_timestep": TimestepUNet,
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,

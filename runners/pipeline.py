@@ -80,24 +80,26 @@ class LoadedBundle:
         """Open nothing yet; engines open when first called."""
         self.bundle, self.threads = bundle, threads
         self._stack = ExitStack()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[tuple[str, str], Engine] = {}
 
     @property
     def manifest(self) -> Any:
         """The bundle's manifest."""
         return self.bundle.manifest
 
-    def engine(self, name: str) -> Engine:
-        """The open engine of the component called `name`, opened at the first call."""
-        if name not in self._engines:
+    def engine(self, name: str, form: str = "") -> Engine:
+        """The open engine of the component called `name`, in a form of its, or else plain; opened
+        at the first call.
+        """
+        if (name, form) not in self._engines:
             entry = self.bundle.manifest.named(name)
             engine = self._stack.enter_context(
-                open_engine(self.bundle, entry, threads=self.threads)
+                open_engine(self.bundle, entry, threads=self.threads, form=form)
             )
             if not entry.ran:
                 require_selftest(self.bundle, entry, engine, engine.machine())
-            self._engines[name] = engine
-        return self._engines[name]
+            self._engines[name, form] = engine
+        return self._engines[name, form]
 
     def close(self) -> None:
         """Release all engines."""
@@ -105,11 +107,19 @@ class LoadedBundle:
         self._stack.close()
 
 
-def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engine:
-    """The engine of a component, from verified bytes; not yet open."""
-    files = {role: bundle.file(name) for role, name in entry.files.items()}
+def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int, form: str = "") -> Engine:
+    """The engine of a component, plain or in a form of its, from verified bytes; not yet open.
+
+    Raises BundleError for a form that the bundle doesn't have.
+    """
+    if form and form not in entry.forms:
+        raise BundleError(
+            f"{bundle.path} has no form {form} of {entry.name}: compile the model again."
+        )
+    chosen = entry.forms[form] if form else entry
+    files = {role: bundle.file(name) for role, name in chosen.files.items()}
     return engine_class(entry.backend)(
-        files, signature=entry.signature, properties=entry.properties, threads=threads
+        files, signature=chosen.signature, properties=chosen.properties, threads=threads
     )
 
 

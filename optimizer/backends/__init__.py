@@ -53,6 +53,8 @@ class Backend:
     computes: frozenset[tuple[str, int]] = frozenset()
     """(format, weight's number of axes: 2 of a linear, 4 of a convolution) of the layers of which
     each must be seen to run on a low-bit kernel."""
+    forms: bool = True
+    """Whether a component's engine can have further forms, over the same weights."""
     device: Literal["cpu", "gpu"] = "cpu"
     """What its engines run on."""
     capabilities: tuple[str, ...] = ()
@@ -111,6 +113,7 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.tensorrt",
             _ON_CARDS,
             frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
+            forms=False,
             device="gpu",
             capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
             zero_points=False,
@@ -134,6 +137,7 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.tensorrt",
             _ON_CARDS,
             frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
+            forms=False,
             device="gpu",
             zero_points=False,
             int4_axes=frozenset({2}),
@@ -193,6 +197,13 @@ class Builder(Protocol):
 
     def build(self, source: Path, out: Path, how: How, progress: Progress) -> Built:
         """Turn the files in `source` into an engine's files in `out`."""
+
+    def build_form(self, source: Path, engine: Path, out: Path, how: How) -> Built:
+        """Turn another graph over the same weights into a form of the engine in `engine`.
+
+        Files of `Built` that aren't in `out` are those of the plain engine. Only of backends that
+        have `forms`.
+        """
 
     def low_bit_layers(self, engine: Any) -> int | None:
         """How many linears and convolutions the open engine runs in 8 bits or fewer, if known."""

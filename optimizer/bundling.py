@@ -27,6 +27,7 @@ from runners.manifest import (
     AutoencoderEntry,
     ComponentEntry,
     FileEntry,
+    FormEntry,
     Manifest,
     ModelEntry,
     Picture,
@@ -195,9 +196,10 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     target = folder / job.spec.name
     target.mkdir()
-    for name in (*built["files"].values(), built["selftest"]):
-        if name is not None:
-            shutil.copyfile(engine / name, target / name)
+    forms: dict[str, dict[str, Any]] = built["forms"]
+    formed = {name for form in forms.values() for name in form["files"].values()}
+    for name in sorted({*built["files"].values(), *formed, built["selftest"] or ""} - {""}):
+        shutil.copyfile(engine / name, target / name)
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
@@ -235,6 +237,14 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
         selftest_db=built["selftest_db"],
+        forms={
+            name: FormEntry(
+                files={role: f"{job.spec.name}/{file}" for role, file in form["files"].items()},
+                signature=form["signature"],
+                properties=form["properties"],
+            )
+            for name, form in forms.items()
+        },
     )
 
 

@@ -321,6 +321,7 @@ class _Stages:
             "policy": job.policy.model_dump(mode="json"),
             "signature": job.signature.model_dump(mode="json"),
             "form": form,
+            "forms": job.forms,
             "stored": job.dtype if form == "torch" else "fp32",
             "tools": versions(EXPORT if form == "onnx" else TORCH),
         }

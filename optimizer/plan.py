@@ -73,6 +73,8 @@ class Job:
     """The part of it that isn't a layer's weight."""
     least_bytes: int
     """What `--quant auto` could shrink it to."""
+    forms: tuple[str, ...] = ()
+    """Further graphs over the same weights that are made (optimizer.forms)."""
 
     @property
     def candidates(self) -> tuple[Scheme, ...]:
@@ -329,12 +331,24 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
         parameters=parameters,
         predicted_bytes=predicted,
         fixed_bytes=fixed,
+        forms=_forms(spec, source, recipe),
         least_bytes=fixed
         + sum(
             min(scheme.fitted(shape).stored_bytes(shape, float_bytes) for scheme in tried)
             for shape in layers.values()
         ),
     )
+
+
+_TAKE_LORA = ("clip_text", "clip_hidden")
+"""Wrappers of text encoders that LoRAs are made for."""
+
+
+def _forms(spec: ComponentSpec, source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
+    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known."""
+    takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
+    known = backend_named(str(recipe.backend))
+    return ("lora",) if recipe.lora and takes and known.forms and source.kind != "onnx" else ()
 
 
 def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:

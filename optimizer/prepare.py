@@ -22,6 +22,7 @@ from optimizer.calls import (
     unseen_sizes,
 )
 from optimizer.load import load_module
+from optimizer.lora_form import prepare_lora
 from optimizer.numerics import EXACT_DB, worst_sqnr_db
 from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
@@ -91,6 +92,8 @@ def prepare(
         _export(wrapper, job, next(iter(calls.values())), out)
     else:
         _store(module, plan, job, out)
+    if "lora" in job.forms:
+        prepare_lora(module, job.signature, out, with_graph=backend(job.backend).form == "onnx")
 
 
 def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, Call]:

@@ -15,13 +15,14 @@ __all__ = [
     "AutoencoderEntry",
     "ComponentEntry",
     "FileEntry",
+    "FormEntry",
     "Manifest",
     "ModelEntry",
     "Picture",
     "Speed",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +73,18 @@ class ModelEntry(BaseModel):
     """In the place of the model's own VAE."""
 
 
+class FormEntry(BaseModel):
+    """A component's engine once more, with further inputs, over the same weights' file."""
+
+    model_config = _STRICT
+
+    files: dict[str, RelativePath]
+    """What the file is to the backend -> where it lies; some of them are the plain engine's."""
+    signature: Signature
+    """That of the plain engine, and the further inputs."""
+    properties: dict[str, str | int | float | bool]
+
+
 class ComponentEntry(BaseModel):
     """One engine: its files, its signature, its settings, and what was measured of it."""
 
@@ -115,6 +128,8 @@ class ComponentEntry(BaseModel):
     """Recorded calls that it is judged on by `kiln selftest`, and where it first runs."""
     selftest_db: float | None = None
     """The least SQNR that is accepted then."""
+    forms: dict[str, FormEntry] = {}
+    """Its other graphs by what they take beside the plain one's inputs: "lora"."""
 
 
 class Picture(BaseModel):
@@ -178,8 +193,14 @@ class Manifest(BaseModel):
             for name in (*entry.files.values(), entry.config, entry.selftest)
             if name is not None
         )
+        formed = (
+            name
+            for entry in self.components
+            for form in entry.forms.values()
+            for name in form.files.values()
+        )
         drawn = (self.picture.file,) if self.picture is not None else ()
-        if absent := sorted({*used, *drawn} - set(self.files)):
+        if absent := sorted({*used, *formed, *drawn} - set(self.files)):
             raise ValueError(f"{absent[0]} is used and has no digest")
         return self
 

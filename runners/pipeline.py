@@ -15,7 +15,7 @@ import psutil
 import torch
 import transformers
 
-from profiles.errors import BundleError, SpecError
+from profiles.errors import BundleError, SpecError, UnsupportedError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle
 from runners.denoisers import DENOISERS
@@ -79,22 +79,31 @@ class LoadedBundle:
         self.bundle, self.threads = bundle, threads
         self._stack = ExitStack()
         self._engines: dict[str, Engine] = {}
+        self._forms: dict[str, str] = {}
 
     @property
     def manifest(self) -> Any:
         """The bundle's manifest."""
         return self.bundle.manifest
 
-    def engine(self, name: str) -> Engine:
-        """The open engine of the component called `name`, opened at the first call."""
+    def engine(self, name: str, form: str = "") -> Engine:
+        """The open engine of the component called `name`, opened at the first call.
+
+        `form` is one of its entry's forms, "" the plain engine; the one before is released, so that
+        a component's weights are in memory once. UnsupportedError where it has no such form.
+        """
+        if name in self._engines and self._forms[name] != form:
+            self._engines.pop(name).close()
         if name not in self._engines:
             entry = self.bundle.manifest.named(name)
+            if form and form not in entry.forms:
+                raise UnsupportedError(_no_form(entry, form))
             engine = self._stack.enter_context(
-                open_engine(self.bundle, entry, threads=self.threads)
+                open_engine(self.bundle, entry, form=form, threads=self.threads)
             )
             if not entry.ran:
                 require_selftest(self.bundle, entry, engine, engine.machine())
-            self._engines[name] = engine
+            self._engines[name], self._forms[name] = engine, form
         return self._engines[name]
 
     def close(self) -> None:
@@ -103,11 +112,19 @@ class LoadedBundle:
         self._stack.close()
 
 
-def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engine:
-    """The engine of a component, from verified bytes; not yet open."""
-    files = {role: bundle.file(name) for role, name in entry.files.items()}
+def open_engine(bundle: Bundle, entry: ComponentEntry, *, form: str = "", threads: int) -> Engine:
+    """The engine of a component, or a form of it, from verified bytes; not yet open."""
+    made = entry.forms[form] if form else entry
+    files = {role: bundle.file(name) for role, name in made.files.items()}
     return engine_class(entry.backend)(
-        files, signature=entry.signature, properties=entry.properties, threads=threads
+        files, signature=made.signature, properties=made.properties, threads=threads
+    )
+
+
+def _no_form(entry: ComponentEntry, form: str) -> str:
+    return (
+        f"The {entry.backend} engine of {entry.name} was compiled without inputs for "
+        f"{form.replace('+', ' and ')}: compile the model again with them (README, LoRA)."
     )
 
 

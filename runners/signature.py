@@ -29,11 +29,14 @@ class Dim(BaseModel):
     """The value that matters most; engines that tune for one shape tune for this."""
     max: int
     multiple_of: int = 1
+    free: bool = False
+    """Whether each array has a value of its own, which may be 0: the ranks of low-rank inputs."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"dim {self.name}: needs 1 <= min <= opt <= max")
+        least = 0 if self.free else 1
+        if not least <= self.min <= self.opt <= self.max:
+            raise ValueError(f"dim {self.name}: needs {least} <= min <= opt <= max")
         if self.multiple_of < 1 or self.max // self.multiple_of * self.multiple_of < self.min:
             raise ValueError(f"dim {self.name}: no value from min to max is legal")
         return self
@@ -91,6 +94,11 @@ class Signature(BaseModel):
         """The dim called `name`; KeyError where the signature has none."""
         return {dim.name: dim for dim in self.dims}[name]
 
+    @property
+    def free(self) -> frozenset[str]:
+        """The dims of which each array has a value of its own."""
+        return frozenset(dim.name for dim in self.dims if dim.free)
+
     def check(self, feeds: Mapping[str, Any]) -> dict[str, int]:
         """Compare arrays with the signature and return the value of every dim.
 
@@ -118,9 +126,9 @@ class Signature(BaseModel):
                 if size != axis:
                     raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
                 continue
-            if values.setdefault(axis, size) != size:
-                raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
             dim = self.dim(axis)
+            if not dim.free and values.setdefault(axis, size) != size:
+                raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
             if not dim.legal(size):
                 raise SpecError(
                     f"Input {spec.name} has {axis} {size}, and the engine was compiled for "

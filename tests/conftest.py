@@ -85,8 +85,8 @@ def taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBundle:
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
-    `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place. Not to be
-    changed: copy it first.
+    `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place; `lora` says
+    whether its engines take LoRAs. Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -97,13 +97,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         target: str | None = None,
         model: Path | None = None,
         vae: Path | None = None,
+        *,
+        lora: bool = False,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
         from runners.console import Console
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}"
+        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
@@ -113,6 +115,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "quant": quant,
                     "dtype": dtype,
                     "target": target,
+                    "lora": lora,
                     **SETTINGS,
                 }
             )

@@ -9,16 +9,28 @@ from typing import Any
 from optimizer.backends import Built, How
 from optimizer.progress import Progress
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["build", "build_form", "low_bit_layers"]
+
+
+_FILES = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
 
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Copy config, layer table and weights into `out`."""
-    files = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
-    for name in files.values():
+    for name in _FILES.values():
         shutil.copyfile(source / name, out / name)
-    dtype = {"fp32": "f32"}.get(how.dtype, how.dtype)
-    return Built(files=files, properties={"wrapper": how.wrapper, "dtype": dtype})
+    return Built(files=dict(_FILES), properties=_properties(how))
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Copy what the form needs beside the plain engine's files: a module needs no other graph."""
+    file = f"{name}.safetensors"
+    shutil.copyfile(source / file, out / file)
+    return Built(files={**_FILES, name: file}, properties=_properties(how))
+
+
+def _properties(how: How) -> dict[str, str | int | float | bool]:
+    return {"wrapper": how.wrapper, "dtype": {"fp32": "f32"}.get(how.dtype, how.dtype)}
 
 
 def low_bit_layers(engine: Any) -> int:  # noqa: ARG001

@@ -115,13 +115,13 @@ class _DenoiserAdapter(Adapter):
 
     def _denoised(self, given: Given) -> Tensor:
         """The engine's prediction; UnsupportedError for inputs that it doesn't have."""
-        engine = self._engine()
+        engine = self.opened(self._engine)
         names = [spec.name for spec in engine.signature.inputs]
         there = {name: value for name, value in given.items() if value is not None}
         feeds = FEEDS[self.wrapper](self.config, there)
         if extra := [name for name in feeds if name not in names]:
             raise UnsupportedError(f"The denoiser's engine has no input for {', '.join(extra)}.")
-        (out,) = run(engine, **feeds)
+        (out,) = run(engine, **feeds, **self.low_rank)
         return out
 
 

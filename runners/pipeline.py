@@ -21,6 +21,7 @@ from runners.bundle import Bundle
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
+from runners.lora_adapters import offer_lora
 from runners.manifest import ComponentEntry
 from runners.selftest import require_selftest
 
@@ -80,6 +81,8 @@ class LoadedBundle:
         self._stack = ExitStack()
         self._engines: dict[str, Engine] = {}
         self._forms: dict[str, str] = {}
+        self.loras: Any = None
+        """The pipeline's LoRAs (runners.lora_adapters)."""
 
     @property
     def manifest(self) -> Any:
@@ -147,6 +150,7 @@ def load(opened: Bundle, *, task: str = "text-to-image", threads: int | None = N
     loaded = LoadedBundle(opened, count)
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
     pipeline.kiln = loaded
+    offer_lora(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if opened.manifest.on_card:
         _choose_card(opened)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from profiles.errors import SpecError
+from runners.lora_choices import LoraChoice
 from runners.signature import Dim
 from runners.weighting import weighted
 
@@ -53,6 +54,8 @@ class Request:
     """How much of `image` is noise at first: 0 is none, 1 is all."""
     clip_skip: int | None = None
     """1 is the text encoder's last layer, 2 the one before: A1111's numbers."""
+    loras: tuple[LoraChoice, ...] = ()
+    """Drawn with these, and no others."""
 
     @property
     def task(self) -> str:

@@ -108,29 +108,33 @@ class Signature(BaseModel):
         if set(feeds) != set(expected):
             raise SpecError(f"The engine takes the inputs {expected}, and got {sorted(feeds)}.")
         values: dict[str, int] = {}
+        dims = {dim.name: dim for dim in self.dims}
         for spec in self.inputs:
-            self._check_one(spec, feeds[spec.name], values)
+            _check_one(spec, feeds[spec.name], values, dims)
         return values
 
-    def _check_one(self, spec: TensorSpec, array: Any, values: dict[str, int]) -> None:
-        dtype = str(array.dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
-            raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
-        if len(array.shape) != len(spec.axes):
+
+def _check_one(
+    spec: TensorSpec, array: Any, values: dict[str, int], dims: Mapping[str, Dim]
+) -> None:
+    dtype = str(array.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
+    if len(array.shape) != len(spec.axes):
+        raise SpecError(
+            f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "
+            f"{len(spec.axes)}: {list(spec.axes)}."
+        )
+    for axis, size in zip(spec.axes, array.shape, strict=True):
+        if isinstance(axis, int):
+            if size != axis:
+                raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
+            continue
+        dim = dims[axis]
+        if not dim.free and values.setdefault(axis, size) != size:
+            raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
+        if not dim.legal(size):
             raise SpecError(
-                f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "
-                f"{len(spec.axes)}: {list(spec.axes)}."
+                f"Input {spec.name} has {axis} {size}, and the engine was compiled for "
+                f"{dim.describe()}: use {dim.nearest(size)}, or compile with a wider range."
             )
-        for axis, size in zip(spec.axes, array.shape, strict=True):
-            if isinstance(axis, int):
-                if size != axis:
-                    raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
-                continue
-            dim = self.dim(axis)
-            if not dim.free and values.setdefault(axis, size) != size:
-                raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
-            if not dim.legal(size):
-                raise SpecError(
-                    f"Input {spec.name} has {axis} {size}, and the engine was compiled for "
-                    f"{dim.describe()}: use {dim.nearest(size)}, or compile with a wider range."
-                )

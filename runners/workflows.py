@@ -34,11 +34,13 @@ def pictures(
     is drawn on the CPU from its own seed, so a seed means the same picture in any batch and on any
     machine. Raises SpecError for what can't be drawn, with the nearest that can.
     """
+    from runners.lora_adapters import use_loras
     from runners.prompting import prompts_of
 
     if request.scheduler is not None:
         with_scheduler(pipeline, request.scheduler)
     drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
+    lora_facts = use_loras(pipeline, request.loras)
     settings = _settings(pipeline, request, drawing)
     prompts = prompts_of(
         pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
@@ -58,6 +60,7 @@ def pictures(
             callback_on_step_end=on_step,
         ).images
         facts = {**_facts(pipeline, request, settings), **drawing.facts, **prompts.facts}
+        facts |= lora_facts
         for image, own in zip(drawn, seeds, strict=True):
             result = drawing.finished(image, cell=cell)
             yield result, {**facts, "width": result.width, "height": result.height, "seed": own}

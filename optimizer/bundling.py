@@ -17,7 +17,6 @@ from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.controlnet import ControlSource
 from optimizer.digests import file_digests, sha256_file
-from optimizer.forms import BUILT as FORM_BUILT
 from optimizer.plan import Job, Plan
 from optimizer.requiring import requires_of
 from optimizer.source import ModelSource
@@ -71,8 +70,6 @@ class Made:
     hardware: Hardware
     seconds: float
     """What the stages took."""
-    forms: Mapping[str, Path]
-    """Those of the denoiser, by name."""
 
 
 def same_bundle(out: Path, key: str, *, force: bool) -> Manifest | None:
@@ -201,10 +198,10 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     target = folder / job.spec.name
     target.mkdir()
-    for name in (*built["files"].values(), built["selftest"]):
-        if name is not None:
-            shutil.copyfile(engine / name, target / name)
-    forms = {name: _form(name, job, made, target) for name in job.forms}
+    forms: dict[str, dict[str, Any]] = built["forms"]
+    formed = {name for form in forms.values() for name in form["files"].values()}
+    for name in sorted({*built["files"].values(), *formed, built["selftest"] or ""} - {""}):
+        shutil.copyfile(engine / name, target / name)
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
     document.pop("_name_or_path", None)  # the machine's own path of whoever saved the model
@@ -220,7 +217,6 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         dtype=job.dtype,
         signature=job.signature,
         files={role: f"{job.spec.name}/{name}" for role, name in built["files"].items()},
-        forms=forms,
         config=config,
         properties=built["properties"],
         parameters=job.parameters,
@@ -243,21 +239,14 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",
         selftest_db=built["selftest_db"],
-    )
-
-
-def _form(name: str, job: Job, made: Made, target: Path) -> FormEntry:
-    """A form of an engine that is in `target`; its own files are copied there too."""
-    entry = made.forms[name]
-    built: dict[str, Any] = json.loads((entry / FORM_BUILT).read_text("utf-8"))
-    for file in built["files"].values():
-        if (entry / file).is_file():
-            shutil.copyfile(entry / file, target / file)
-    return FormEntry(
-        files={role: f"{job.spec.name}/{file}" for role, file in built["files"].items()},
-        signature=job.forms[name],
-        properties=built["properties"],
-        sqnr_db=built["sqnr_db"],
+        forms={
+            name: FormEntry(
+                files={role: f"{job.spec.name}/{file}" for role, file in form["files"].items()},
+                signature=form["signature"],
+                properties=form["properties"],
+            )
+            for name, form in forms.items()
+        },
     )
 
 

@@ -53,6 +53,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option(
     "--few-step", help="hyper, lcm, lightning or turbo: what the model was distilled with."
 )
+@click.option("--no-lora", is_flag=True, help="No second graphs, which LoRAs need.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe's file.")
 @click.option("--force", is_flag=True, help="Replace another bundle at -o.")
 @click.option(
@@ -94,6 +95,7 @@ def compile_command(
     batch: int | None,
     steps: int | None,
     few_step: str | None,
+    no_lora: bool,  # noqa: FBT001
 ) -> None:
     """Make a bundle from MODEL: a diffusers folder, a hub id, or a .safetensors checkpoint."""
     quiet_libraries()
@@ -122,6 +124,7 @@ def compile_command(
         "batch": batch,
         "steps": steps,
         "few_step": few_step,
+        "lora": False if no_lora else None,
         **_sizes(size_range, size),
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)

@@ -34,6 +34,7 @@ from profiles import profile as profiles
 from profiles.errors import BuildError, DiskFullError
 from profiles.hardware import Hardware
 from runners.console import Console
+from runners.control_tasks import CONTROL
 from runners.manifest import Manifest, Picture
 
 __all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
@@ -139,18 +140,17 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
         stages.console.info(f"Policy: {choice.solved.describe()}")
         plan = choice.plan
         stages = stages.of(plan)
-    engines, forms = {}, {}
+    engines = {}
     controlled = stages.record_controls(recorded) if plan.source.controls else recorded
     for job in plan.jobs:
         runs = controlled if job.spec.role == "controlnet" else recorded
         prepared = stages.prepare(job, runs, observed)
         engines[job.spec.name] = stages.engine(job, prepared, runs)
-        for form in job.forms:
-            runs_of = (recorded, controlled)
-            forms[form] = stages.form(job, prepared, engines[job.spec.name], *runs_of)
+        if CONTROL in job.forms:
+            stages.check_control(job, engines[job.spec.name], controlled)
     speed = stages.speed(recorded, engines)
 
-    made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds, forms)
+    made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
     return bundling.assemble(plan, made, out, stages.draw)
 
 
@@ -301,16 +301,11 @@ class _Stages:
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
-    def form(
-        self, job: Job, prepared: Path, engine: Path, recorded: Path, controlled: Path
-    ) -> Path:
-        """The denoiser's graph with residuals, over the weights of its engine."""
-        key = {"what": "control", "engine": engine.name, "controls": self._controls}
-        title = f"Build and check {job.spec.name} with residuals"
-        arguments = (job, prepared, engine, recorded, controlled)
-        return self._run(
-            "form", title, key, "optimizer.forms:build_control", arguments, planned=False
-        )
+    def check_control(self, job: Job, engine: Path, controlled: Path) -> Path:
+        """The denoiser's engine, seen to take control networks' residuals as it should."""
+        key = {"what": "control", "engine": engine.name, "runs": controlled.name}
+        title, target = "Check control networks", "optimizer.control_form:check_control"
+        return self._run("control", title, key, target, (job, engine, controlled), planned=False)
 
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
         """One denoising step, timed against eager fp32; None where one of both can't run here."""
@@ -350,6 +345,7 @@ class _Stages:
             "policy": job.policy.model_dump(mode="json"),
             "signature": job.signature.model_dump(mode="json"),
             "form": form,
+            "forms": job.forms,
             "stored": job.dtype if form == "torch" else "fp32",
             "tools": versions(EXPORT if form == "onnx" else TORCH),
         }

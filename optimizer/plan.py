@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from optimizer.backends import BACKENDS, Backend, How
+from optimizer.backends import BACKENDS, How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.configs import Config
 from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
-from optimizer.families.controls import controlled_signature, with_controls
+from optimizer.families.controls import with_controls
 from optimizer.families.parts import with_vae
 from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
@@ -68,8 +68,6 @@ class Job:
     layers_total: int
     low_bit_kernels: int
     """How many layers the backend must be seen to run on kernels of 8 bits or fewer."""
-    forms: Mapping[str, Signature]
-    """Further forms, by name, and what each takes."""
     parameters: int
     predicted_bytes: int
     """Of the engine's files, from the policy and the parameters' shapes."""
@@ -77,6 +75,8 @@ class Job:
     """The part of it that isn't a layer's weight."""
     least_bytes: int
     """What `--quant auto` could shrink it to."""
+    forms: tuple[str, ...] = ()
+    """Further graphs over the same weights that are made (optimizer.forms)."""
 
     @property
     def candidates(self) -> tuple[Scheme, ...]:
@@ -101,10 +101,6 @@ class Job:
             capabilities=self.capabilities,
             weight_streaming=self.weight_streaming,
         )
-
-    def how_form(self, name: str) -> How:
-        """The same of one of its forms."""
-        return replace(self.how, wrapper=f"{self.spec.wrapper}_{name}", signature=self.forms[name])
 
     @property
     def build_memory_bytes(self) -> int:
@@ -205,11 +201,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
         }
     )
     signatures = _signatures(known, source, configs, ranges)
-    forms = _forms(source, signatures, backend_named(backend))
-    jobs = tuple(
-        _job(spec, source, signatures[spec.name], resolved, forms=forms)
-        for spec in known.components
-    )
+    jobs = tuple(_job(spec, source, signatures[spec.name], resolved) for spec in known.components)
     calibration = calibration_of(resolved, source.folder, largest, drawn)
     plan = Plan(
         recipe=resolved,
@@ -268,10 +260,7 @@ def _signatures(
 def with_policy(plan: Plan, policy: Policy) -> Plan:
     """The plan with the denoiser's policy decided."""
     recipe = plan.recipe.model_copy(update={"policy": policy})
-    jobs = tuple(
-        _job(job.spec, plan.source, job.signature, recipe, forms={"denoiser": job.forms})
-        for job in plan.jobs
-    )
+    jobs = tuple(_job(job.spec, plan.source, job.signature, recipe) for job in plan.jobs)
     return replace(plan, recipe=recipe, jobs=jobs)
 
 
@@ -320,29 +309,7 @@ def _drawn_size(asked: int | None, native: int, side: Dim) -> int:
     return asked or side.nearest(native)
 
 
-def _forms(
-    source: ModelSource, signatures: Mapping[str, Signature], known: Backend
-) -> dict[str, Mapping[str, Signature]]:
-    """Role -> form -> its signature; UnsupportedError where the backend has none."""
-    if not source.controls:
-        return {}
-    if not known.forms:
-        raise UnsupportedError(
-            f"--controlnet can't be used with the backend {known.name} yet: use "
-            f"{' or '.join(item.name for item in BACKENDS.values() if item.forms)}."
-        )
-    config = source.checked_config("unet")
-    return {"denoiser": {CONTROL: controlled_signature(signatures["unet"], config)}}
-
-
-def _job(
-    spec: ComponentSpec,
-    source: ModelSource,
-    signature: Signature,
-    recipe: Recipe,
-    *,
-    forms: Mapping[str, Mapping[str, Signature]],
-) -> Job:
+def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe) -> Job:
     """The job of one component, by a recipe with every None decided."""
     known = backend_named(str(recipe.backend))
     shapes = _shapes(spec, source)
@@ -368,7 +335,6 @@ def _job(
         weight_streaming=predicted > _STREAMED * (target.memory_gib or math.inf) * 2**30,
         policy=policy,
         signature=signature,
-        forms=forms.get(spec.role, {}),
         layers=low_bit,
         layers_total=len(layers),
         low_bit_kernels=sum(
@@ -377,12 +343,34 @@ def _job(
         parameters=parameters,
         predicted_bytes=predicted,
         fixed_bytes=fixed,
+        forms=_forms(spec, source, recipe),
         least_bytes=fixed
         + sum(
             min(scheme.fitted(shape).stored_bytes(shape, float_bytes) for scheme in tried)
             for shape in layers.values()
         ),
     )
+
+
+_TAKE_LORA = ("clip_text", "clip_hidden")
+"""Wrappers of text encoders that LoRAs are made for."""
+
+
+def _forms(spec: ComponentSpec, source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
+    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known; and
+    control networks' for a denoiser that has any, for which UnsupportedError is raised elsewhere.
+    """
+    takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
+    known = backend_named(str(recipe.backend))
+    lora = recipe.lora and takes and known.forms and source.kind != "onnx"
+    if spec.role == "denoiser" and source.controls:
+        if not known.forms:
+            raise UnsupportedError(
+                f"--controlnet can't be used with the backend {known.name} yet: use "
+                f"{' or '.join(item.name for item in BACKENDS.values() if item.forms)}."
+            )
+        return ("lora", CONTROL, f"{CONTROL}+lora") if lora else (CONTROL,)
+    return ("lora",) if lora else ()
 
 
 def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:

@@ -61,6 +61,8 @@ class Recipe(BaseModel):
     """The sides in pixels that must work; by default half and four times the native one."""
     batch: int = Field(default=4, ge=1, le=64)
     """The pictures at once that must work."""
+    lora: bool = True
+    """Whether the engines take LoRAs, where their backend can: a second graph each."""
     few_step: str | None = None
     """What the model was distilled with, where its files don't say it."""
     steps: int | None = Field(default=None, ge=1, le=1000)

@@ -21,9 +21,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from profiles.errors import UnsupportedError
-from runners.adapters import Adapter, run, with_defaults
+from runners.adapters import Adapter, OpenEngine, run, with_defaults
 from runners.control_tasks import CONTROL
-from runners.engines.base import Engine
 
 __all__ = [
     "DENOISERS",
@@ -110,7 +109,7 @@ class _DenoiserAdapter(Adapter):
 
     wrapper: str
 
-    def __init__(self, config: dict[str, Any], engine: Callable[..., Engine]) -> None:
+    def __init__(self, config: dict[str, Any], engine: OpenEngine) -> None:
         """Take the denoiser's config and a function that opens its engine, or the form that it is
         called with, once.
         """
@@ -121,13 +120,13 @@ class _DenoiserAdapter(Adapter):
         """The prediction of the engine, or of a form of it; UnsupportedError for inputs that it
         doesn't have.
         """
-        engine = self._engine(form) if form else self._engine()
+        engine = self.opened(self._engine, form)
         names = [spec.name for spec in engine.signature.inputs]
         there = {name: value for name, value in given.items() if value is not None}
         feeds = FEEDS[self.wrapper](self.config, there)
         if extra := [name for name in feeds if name not in names]:
             raise UnsupportedError(f"The denoiser's engine has no input for {', '.join(extra)}.")
-        (out,) = run(engine, **feeds)
+        (out,) = run(engine, **feeds, **self.low_rank)
         return out
 
 
@@ -136,7 +135,7 @@ class UNetAdapter(_DenoiserAdapter):
 
     wrapper = "unet"
 
-    def __init__(self, config: dict[str, Any], engine: Callable[..., Engine]) -> None:
+    def __init__(self, config: dict[str, Any], engine: OpenEngine) -> None:
         """Take the UNet's config, in which pipelines look for an input for guidance."""
         super().__init__({"time_cond_proj_dim": None, **config}, engine)
 

@@ -14,6 +14,7 @@ import runners
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
 from runners.control_options import parse_control
+from runners.lora_choices import choices_of, lora_folders
 from runners.outputs import require_writable
 from runners.requests import Request, check_request, outpaint_of, size_of
 
@@ -38,6 +39,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--strength", type=float, help="Of the noise on --image: 0 none, 1 all."),
         click.option("--mask", type=_FILE, help="White where --image is repainted."),
         click.option("--outpaint", metavar="L,T,R,B", help="Pixels to extend --image by."),
+        click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="Repeatable."),
+        click.option(
+            "--lora-dir",
+            "lora_dirs",
+            multiple=True,
+            type=_FILE,
+            help="Where <lora:name:0.8> in a prompt is looked up [default: KILN_LORA_DIRS]",
+        ),
         click.option(
             "--control",
             "controls",
@@ -84,6 +93,8 @@ def generate(
     mask: Path | None,
     outpaint: str | None,
     controls: tuple[str, ...],
+    loras: tuple[str, ...],
+    lora_dirs: tuple[Path, ...],
     clip_skip: int | None,
     threads: int | None,
     trust: Path | None,
@@ -99,8 +110,9 @@ def generate(
     if not verbose:
         quiet_libraries()
     width, height = size_of(size)
+    chosen, plain = choices_of(loras, prompt, lora_folders(lora_dirs))
     request = Request(
-        prompt=prompt,
+        prompt=plain,
         negative_prompt=negative,
         steps=steps,
         guidance=guidance,
@@ -116,6 +128,7 @@ def generate(
         strength=strength,
         clip_skip=clip_skip,
         controls=tuple(parse_control(text) for text in controls),
+        loras=chosen,
     )
     if threads is not None and threads < 1:
         raise SpecError(f"--threads {threads} is not possible: use 1 or more.")

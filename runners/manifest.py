@@ -93,16 +93,15 @@ class ModelEntry(BaseModel):
 
 
 class FormEntry(BaseModel):
-    """Another graph over the weights of a component's engine, opened when it is first needed."""
+    """A component's engine once more, with further inputs, over the same weights' file."""
 
     model_config = _STRICT
 
     files: dict[str, RelativePath]
-    """As the component's; those that it shares are the same."""
+    """What the file is to the backend -> where it lies; some of them are the plain engine's."""
     signature: Signature
+    """That of the plain engine, and the further inputs."""
     properties: dict[str, str | int | float | bool]
-    sqnr_db: float | None
-    """Against fp32 eager, on recorded inputs."""
 
 
 class ComponentEntry(BaseModel):
@@ -120,8 +119,6 @@ class ComponentEntry(BaseModel):
     signature: Signature
     files: dict[str, RelativePath]
     """What the file is to the backend -> where it lies."""
-    forms: dict[str, FormEntry] = {}
-    """Name -> another form of the engine: "control" takes control networks' residuals."""
     config: RelativePath
     properties: dict[str, str | int | float | bool]
     """Every runtime setting that affects numerics: set at open, read back."""
@@ -150,6 +147,8 @@ class ComponentEntry(BaseModel):
     """Recorded calls that it is judged on by `kiln selftest`, and where it first runs."""
     selftest_db: float | None = None
     """The least SQNR that is accepted then."""
+    forms: dict[str, FormEntry] = {}
+    """Its other graphs by what they take beside the plain one's inputs: "lora"."""
 
 
 class Picture(BaseModel):

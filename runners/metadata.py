@@ -24,11 +24,15 @@ def parameters_text(facts: dict[str, Any]) -> str:
         "Denoising strength": facts.get("strength"),
         "Clip skip": facts.get("clip_skip"),
         **_controls(facts.get("controls", ())),
+        "Lora hashes": ", ".join(f"{x['name']}: {x['sha256'][:12]}" for x in facts.get("loras", []))
+        or None,
         "Model hash": facts["model_digest"][:10],
         "Model": facts["model"],
         "Version": f"kiln {facts['kiln']}",
     }
-    lines = [facts["prompt"]]
+    loras = facts.get("loras", [])
+    tags = [f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras]
+    lines = [" ".join([facts["prompt"], *tags])]
     if facts["negative_prompt"]:
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
     given = {name: value for name, value in settings.items() if value is not None}

@@ -15,7 +15,7 @@ import psutil
 import torch
 import transformers
 
-from profiles.errors import BundleError, SpecError
+from profiles.errors import BundleError, SpecError, UnsupportedError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle
 from runners.control_adapters import ControlNetAdapter
@@ -23,6 +23,7 @@ from runners.control_tasks import CONTROL, CONTROL_TASKS
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
+from runners.lora_adapters import offer_lora
 from runners.manifest import ComponentEntry, Manifest
 from runners.selftest import require_selftest
 
@@ -80,7 +81,10 @@ class LoadedBundle:
         """Open nothing yet; engines open when first called."""
         self.bundle, self.threads = bundle, threads
         self._stack = ExitStack()
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[str, Engine] = {}
+        self._forms: dict[str, str] = {}
+        self.loras: Any = None
+        """The pipeline's LoRAs (runners.lora_adapters)."""
 
     @property
     def manifest(self) -> Any:
@@ -88,18 +92,24 @@ class LoadedBundle:
         return self.bundle.manifest
 
     def engine(self, name: str, form: str = "") -> Engine:
-        """The open engine of the component called `name`, in a form of its, or else plain; opened
-        at the first call.
+        """The open engine of the component called `name`, opened at the first call.
+
+        `form` is one of its entry's forms, "" the plain engine; the one before is released, so that
+        a component's weights are in memory once. UnsupportedError where it has no such form.
         """
-        if (name, form) not in self._engines:
+        if name in self._engines and self._forms[name] != form:
+            self._engines.pop(name).close()
+        if name not in self._engines:
             entry = self.bundle.manifest.named(name)
+            if form and form not in entry.forms:
+                raise UnsupportedError(_no_form(entry, form))
             engine = self._stack.enter_context(
-                open_engine(self.bundle, entry, threads=self.threads, form=form)
+                open_engine(self.bundle, entry, form=form, threads=self.threads)
             )
             if not entry.ran:
                 require_selftest(self.bundle, entry, engine, engine.machine())
-            self._engines[name, form] = engine
-        return self._engines[name, form]
+            self._engines[name], self._forms[name] = engine, form
+        return self._engines[name]
 
     def close(self) -> None:
         """Release all engines."""
@@ -107,19 +117,19 @@ class LoadedBundle:
         self._stack.close()
 
 
-def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int, form: str = "") -> Engine:
-    """The engine of a component, plain or in a form of its, from verified bytes; not yet open.
-
-    Raises BundleError for a form that the bundle doesn't have.
-    """
-    if form and form not in entry.forms:
-        raise BundleError(
-            f"{bundle.path} has no form {form} of {entry.name}: compile the model again."
-        )
-    chosen = entry.forms[form] if form else entry
-    files = {role: bundle.file(name) for role, name in chosen.files.items()}
+def open_engine(bundle: Bundle, entry: ComponentEntry, *, form: str = "", threads: int) -> Engine:
+    """The engine of a component, or a form of it, from verified bytes; not yet open."""
+    made = entry.forms[form] if form else entry
+    files = {role: bundle.file(name) for role, name in made.files.items()}
     return engine_class(entry.backend)(
-        files, signature=chosen.signature, properties=chosen.properties, threads=threads
+        files, signature=made.signature, properties=made.properties, threads=threads
+    )
+
+
+def _no_form(entry: ComponentEntry, form: str) -> str:
+    return (
+        f"The {entry.backend} engine of {entry.name} was compiled without inputs for "
+        f"{form.replace('+', ' and ')}: compile the model again with them (README, LoRA)."
     )
 
 
@@ -150,6 +160,7 @@ def load(
     controls = _controls_of(opened.manifest, controlnets) if task.startswith(CONTROL) else ()
     pipeline = _assembled(getattr(diffusers, tasks[task]), loaded, controls)
     pipeline.kiln = loaded
+    offer_lora(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if opened.manifest.on_card:
         _choose_card(opened)

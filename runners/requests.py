@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from profiles.errors import SpecError
 from runners.control_options import Control
 from runners.control_tasks import control_task
+from runners.lora_choices import LoraChoice
 from runners.signature import Dim
 from runners.weighting import weighted
 
@@ -55,6 +56,8 @@ class Request:
     """How much of `image` is noise at first: 0 is none, 1 is all."""
     clip_skip: int | None = None
     """1 is the text encoder's last layer, 2 the one before: A1111's numbers."""
+    loras: tuple[LoraChoice, ...] = ()
+    """Drawn with these, and no others."""
 
     controls: tuple[Control, ...] = ()
     """Control images, each for a network of the bundle."""

@@ -37,6 +37,7 @@ def pictures(
     the same picture in any batch and on any machine. Raises SpecError for what can't be drawn, with
     the nearest that can.
     """
+    from runners.lora_adapters import use_loras
     from runners.prompting import prompts_of
 
     if request.scheduler is not None:
@@ -44,6 +45,7 @@ def pictures(
     manifest = pipeline.kiln.manifest
     drawing = drawing or drawing_of(request, manifest)
     controls = controls or controls_of(request.controls, manifest, drawing)
+    lora_facts = use_loras(pipeline, request.loras)
     settings = _settings(pipeline, request, drawing)
     prompts = prompts_of(
         pipeline, request.prompt, request.negative_prompt, clip_skip=request.clip_skip
@@ -68,7 +70,7 @@ def pictures(
             generator=_generators(seeds),
             callback_on_step_end=on_step,
         ).images
-        own_facts = {**drawing.facts, **controls.facts, **prompts.facts}
+        own_facts = {**drawing.facts, **controls.facts, **prompts.facts, **lora_facts}
         facts = {**_facts(pipeline, request, settings), **own_facts}
         for image, own in zip(drawn, seeds, strict=True):
             result = drawing.finished(image, cell=cell)

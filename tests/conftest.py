@@ -86,7 +86,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
     `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place, `controlnets`
-    are beside it. Not to be changed: copy it first.
+    are beside it; `lora` says whether its engines take LoRAs. Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -98,6 +98,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         model: Path | None = None,
         vae: Path | None = None,
         controlnets: tuple[Path, ...] = (),
+        *,
+        lora: bool = False,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
@@ -105,7 +107,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
         name = "-".join([name, *(path.name for path in controlnets)])
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}"
+        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
@@ -116,6 +118,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "quant": quant,
                     "dtype": dtype,
                     "target": target,
+                    "lora": lora,
                     **SETTINGS,
                 }
             )

@@ -53,8 +53,6 @@ class Backend:
     computes: frozenset[tuple[str, int]] = frozenset()
     """(format, weight's number of axes: 2 of a linear, 4 of a convolution) of the layers of which
     each must be seen to run on a low-bit kernel."""
-    forms: bool = True
-    """Whether a component's engine can have further forms, over the same weights."""
     device: Literal["cpu", "gpu"] = "cpu"
     """What its engines run on."""
     capabilities: tuple[str, ...] = ()
@@ -72,6 +70,8 @@ class Backend:
     """And as many more where inputs are rounded."""
     build_memory: float = 0.0
     """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
+    forms: bool = True
+    """Whether it builds a component's further graphs over the same weights (optimizer.forms)."""
     runs: Runs = field(kw_only=True)
 
 
@@ -113,7 +113,6 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.tensorrt",
             _ON_CARDS,
             frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
-            forms=False,
             device="gpu",
             capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
             zero_points=False,
@@ -122,6 +121,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            forms=False,
             runs=Runs(
                 "exact",  # engines don't survive a release (FACTS.md)
                 only=(("Linux", "Windows"), ("x86_64",)),  # the support matrix; portable over both
@@ -137,7 +137,6 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.tensorrt",
             _ON_CARDS,
             frozenset({("w8a8", 2), ("w8a8", 4), ("fp8", 2), ("fp8", 4)}),
-            forms=False,
             device="gpu",
             zero_points=False,
             int4_axes=frozenset({2}),
@@ -145,6 +144,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            forms=False,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -198,11 +198,10 @@ class Builder(Protocol):
     def build(self, source: Path, out: Path, how: How, progress: Progress) -> Built:
         """Turn the files in `source` into an engine's files in `out`."""
 
-    def build_form(self, source: Path, engine: Path, out: Path, how: How) -> Built:
-        """Turn another graph over the same weights into a form of the engine in `engine`.
+    def build_form(self, source: Path, out: Path, how: How, name: str) -> Built:
+        """The form `name` of the engine that `build` made in `out` from the same `source`.
 
-        Files of `Built` that aren't in `out` are those of the plain engine. Only of backends that
-        have `forms`.
+        Only of backends that have `forms`.
         """
 
     def low_bit_layers(self, engine: Any) -> int | None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
 from optimizer.backends import Built, How
-from optimizer.backends.sharing import require_shared
+from optimizer.backends.openvino_weights import share_weights
+from optimizer.forms import form_graph
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 
@@ -33,67 +31,35 @@ _LOW = {"i8", "u8", "i4", "u4"}
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Write graph.xml.gz and weights.bin into `out`."""
+    save(_read(source / "model.onnx"), out, dtype=how.dtype)
+    return Built(files=dict(FILES), properties=properties(how.dtype, dynamic=how.dynamic))
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write NAME.xml.gz into `out`, over the plain engine's constants."""
+    graph = f"{name}.xml.gz"
+    with TemporaryDirectory(dir=out) as folder:
+        own = Path(folder)
+        save(_read(source / form_graph(name)), own, dtype=how.dtype)
+        shared = share_weights(
+            gzip.decompress((own / FILES["graph"]).read_bytes()),
+            own / FILES["weights"],
+            gzip.decompress((out / FILES["graph"]).read_bytes()),
+            out / FILES["weights"],
+        )
+    (out / graph).write_bytes(gzip.compress(shared, mtime=0))
+    return Built(
+        files={**FILES, "graph": graph}, properties=properties(how.dtype, dynamic=how.dynamic)
+    )
+
+
+def _read(path: Path) -> ov.Model:
     try:
-        model = ov.Core().read_model(source / "model.onnx")
+        return ov.Core().read_model(path)
     except RuntimeError as error:
         raise BuildError(
             f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
         ) from error
-    save(model, out, dtype=how.dtype)
-    return Built(files=dict(FILES), properties=properties(how.dtype, dynamic=how.dynamic))
-
-
-def build_form(source: Path, engine: Path, out: Path, how: How) -> Built:
-    """Write a graph into `out` whose constants lie in the weights of the engine in `engine`."""
-    made = out / "form"
-    made.mkdir()
-    save(ov.Core().read_model(source / "model.onnx"), made, dtype=how.dtype)
-    graph = _unpacked(made / FILES["graph"])
-    places = _places(_unpacked(engine / FILES["graph"]), engine / FILES["weights"])
-    require_shared(_moved(graph, made / FILES["weights"], places))
-    raw = ElementTree.tostring(graph.getroot(), encoding="utf-8", xml_declaration=True)
-    (out / _FORM_GRAPH).write_bytes(gzip.compress(raw, mtime=0))
-    shutil.rmtree(made)
-    files = {**FILES, "graph": _FORM_GRAPH}
-    return Built(files=files, properties=properties(how.dtype, dynamic=how.dynamic))
-
-
-_FORM_GRAPH = "graph-control.xml.gz"
-
-
-def _unpacked(path: Path) -> ElementTree.ElementTree[ElementTree.Element]:
-    root = ElementTree.fromstring(gzip.decompress(path.read_bytes()))
-    return ElementTree.ElementTree(root)
-
-
-def _constants(
-    graph: ElementTree.ElementTree[ElementTree.Element], weights: Path
-) -> Iterator[tuple[ElementTree.Element, bytes]]:
-    """The place of every constant in an IR's graph, and the digest of its bytes."""
-    whole = np.memmap(weights, np.uint8, "r")
-    for layer in graph.iter("layer"):
-        data = layer.find("data")
-        if layer.get("type") == "Const" and data is not None:
-            start, size = int(data.attrib["offset"]), int(data.attrib["size"])
-            yield data, hashlib.sha256(whole[start : start + size]).digest()
-
-
-def _places(graph: ElementTree.ElementTree[ElementTree.Element], weights: Path) -> dict[bytes, str]:
-    """Digest -> where these bytes lie in the weights."""
-    return {found: data.attrib["offset"] for data, found in _constants(graph, weights)}
-
-
-def _moved(
-    graph: ElementTree.ElementTree[ElementTree.Element], weights: Path, places: dict[bytes, str]
-) -> int:
-    """Let the graph's constants lie at these places; the bytes of those that lie nowhere."""
-    missing = 0
-    for data, found in _constants(graph, weights):
-        if found in places:
-            data.set("offset", places[found])
-        else:
-            missing += int(data.attrib["size"])
-    return missing
 
 
 def save(model: ov.Model, out: Path, *, dtype: str) -> None:

@@ -29,7 +29,7 @@ CONTROLLED_CALLS = f"denoiser-{CONTROL}.safetensors"
 _CALLS = 8
 """Of each control network, evenly spread over the recorded ones."""
 _CONTROLLED = 4
-"""Of the denoiser with residuals, which take ten times the latents' room."""
+"""Of the denoiser with residuals, which take up ten times the latents' room."""
 _EDGES = 0.9
 """The share of a picture's pixels that aren't edges."""
 
@@ -41,11 +41,8 @@ def record_controls(plan: Plan, recorded: Path, out: Path, progress: Progress) -
     pictures = [
         call.inputs[0] for call in load_calls(recorded / "vae_encoder.safetensors").values()
     ]
-    chosen = (
-        [(i * len(calls)) // _CALLS for i in range(_CALLS)]
-        if len(calls) > _CALLS
-        else [*range(len(calls))]
-    )
+    count = min(_CALLS, len(calls))
+    chosen = [i * len(calls) // count for i in range(count)]
     jobs = [job for job in plan.jobs if job.spec.role == "controlnet"]
     steps = Steps(progress, len(jobs) * len(chosen) + _CONTROLLED)
     given: dict[int, tuple[Array, ...]] = {}

@@ -27,11 +27,12 @@ from benchmarks.reference_model.evaluate import MODEL, load_pipeline
 from benchmarks.reference_model.train_controlnet import CONTROLNET
 from runners.preprocessing import canny
 
-__all__ = ["controls_of", "held_out_scenes", "mean_iou"]
+__all__ = ["controls_of", "draw_all", "held_out_scenes", "mean_iou"]
 
 _SCENES_SEED = 91
 _DRAWING_SEED = 60_000_000
 _BATCH = 4
+_SHOWN = 8
 
 
 def held_out_scenes(count: int) -> list[Scene]:
@@ -94,30 +95,36 @@ def _eager(controlnet: Path) -> Any:
     return pipeline
 
 
-def evaluate(
-    bundles: Sequence[Path], controlnet: Path, *, count: int, steps: int
-) -> dict[str, Any]:
-    """Mean IoU by contestant: "drawn" is what the measure itself gives for right pictures."""
-    scenes = held_out_scenes(count)
+Pictures = list[NDArray[np.uint8]]
+
+
+def draw_all(
+    bundles: Sequence[Path], controlnet: Path, scenes: Sequence[Scene], steps: int
+) -> dict[str, Pictures]:
+    """The pictures of every contestant: "drawn" are right ones, "without control" are chance."""
     shown = controls_of(scenes)
     found = {
-        "drawn": mean_iou(scenes, _drawn(scenes)),
-        "without control": mean_iou(
-            scenes, _generated(load_pipeline(MODEL, "cpu"), scenes, None, steps)
-        ),
-        "diffusers fp32": mean_iou(scenes, _generated(_eager(controlnet), scenes, shown, steps)),
+        "drawn": _drawn(scenes),
+        "without control": _generated(load_pipeline(MODEL, "cpu"), scenes, None, steps),
+        "diffusers fp32": _generated(_eager(controlnet), scenes, shown, steps),
     }
     for bundle in bundles:
         pipeline = runners.load(bundle, task="control")
         entry = pipeline.kiln.manifest.component("denoiser")
         name = f"{entry.backend} {entry.quant}/{entry.dtype}"
-        found[name] = mean_iou(scenes, _generated(pipeline, scenes, shown, steps))
+        found[name] = _generated(pipeline, scenes, shown, steps)
         pipeline.kiln.close()
-    return {
-        "prompts": count,
-        "steps": steps,
-        "mean_iou": {k: round(v, 4) for k, v in found.items()},
-    }
+    return found
+
+
+def _write_sheet(path: Path, scenes: Sequence[Scene], columns: Sequence[Pictures]) -> None:
+    """Edges, then a column a contestant, two scenes a row."""
+    shown = [np.asarray(image) for image in controls_of(scenes)]
+    rows = [np.concatenate(row, axis=1) for row in zip(shown, *columns, strict=True)]
+    half = len(rows) // 2
+    sheet = [np.concatenate(pair, axis=1) for pair in zip(rows[:half], rows[half:], strict=False)]
+    image = Image.fromarray(np.concatenate(sheet))
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,16 +134,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--controlnet", type=Path, default=CONTROLNET)
     parser.add_argument("--count", type=int, default=64, help="captions, default 64")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sheet", type=Path, help="PNG of the first eight scenes to write")
     parser.add_argument("-o", "--out", type=Path, help="JSON file to write")
     given = parser.parse_args(arguments)
-    found = evaluate(given.bundles, given.controlnet, count=given.count, steps=given.steps)
+    scenes = held_out_scenes(given.count)
+    found = draw_all(given.bundles, given.controlnet, scenes, given.steps)
+    means = {name: round(mean_iou(scenes, pictures), 4) for name, pictures in found.items()}
     print(
         f"{given.count} held-out captions, {given.steps} steps, mean IoU with the control's shape:"
     )
-    for name, value in found["mean_iou"].items():
+    for name, value in means.items():
         print(f"| {name} | {value:.3f} |")
+    if given.sheet is not None:
+        chosen = [found[name][:_SHOWN] for name in ("diffusers fp32", "without control")]
+        _write_sheet(given.sheet, scenes[:_SHOWN], chosen)
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        document = {"prompts": given.count, "steps": given.steps, "mean_iou": means}
+        given.out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

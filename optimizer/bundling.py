@@ -15,6 +15,7 @@ import psutil
 
 from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
+from optimizer.controlnet import ControlSource
 from optimizer.digests import file_digests, sha256_file
 from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
 from optimizer.outlook import predicted_base, predicted_part
@@ -28,7 +29,9 @@ from runners.manifest import (
     SCHEMA,
     AutoencoderEntry,
     ComponentEntry,
+    ControlEntry,
     FileEntry,
+    FormEntry,
     Manifest,
     ModelEntry,
     Picture,
@@ -197,10 +200,11 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     built: dict[str, Any] = json.loads((engine / "built.json").read_text("utf-8"))
     base = folder / job.spec.name if job.is_variant else None
     (folder / job.name).mkdir()
+    forms: dict[str, dict[str, Any]] = built["forms"]
+    formed = {name for form in forms.values() for name in form["files"].values()}
     placed = {
         name: _placed(engine / name, folder / job.name, base)
-        for name in (*built["files"].values(), built["selftest"])
-        if name is not None
+        for name in sorted({*built["files"].values(), *formed, built["selftest"] or ""} - {""})
     }
     config = f"{job.spec.name}/component.json"
     document = plan.source.component_config(job.spec.folder)
@@ -246,6 +250,14 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
             side_min=int(plan.recipe.size_min or 1),
         )
         or predicted_part(plan, job, engine_bytes),
+        forms={
+            name: FormEntry(
+                files={role: placed[file] for role, file in form["files"].items()},
+                signature=form["signature"],
+                properties=form["properties"],
+            )
+            for name, form in forms.items()
+        },
     )
 
 
@@ -283,6 +295,7 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             pipeline_class=source.pipeline_class,
             settings=source.settings,
             vae=source.vae and _autoencoder(source.vae),
+            controls=_controls(source),
         ),
         native_size=plan.native_size,
         size_step=plan.size_step,
@@ -302,7 +315,20 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
     )
 
 
-def _name(source: ModelSource | AutoencoderSource) -> str:
+def _controls(source: ModelSource) -> tuple[ControlEntry, ...]:
+    return tuple(
+        ControlEntry(
+            component=component,
+            name=_name(control),
+            revision=control.revision,
+            digest=control.digest,
+            class_name=control.class_name,
+        )
+        for component, control in zip(source.control_folders, source.controls, strict=True)
+    )
+
+
+def _name(source: ModelSource | AutoencoderSource | ControlSource) -> str:
     return source.name if source.kind == "hub" else Path(source.name).resolve().name
 
 
@@ -331,4 +357,7 @@ def _portable(plan: Plan) -> dict[str, Any]:
     for field, source in (("model", plan.source), ("vae", plan.source.vae)):
         if source is not None and source.kind != "hub" and Path(source.name).is_absolute():
             recipe[field] = Path(source.name).name
+    recipe["controlnets"] = [
+        Path(name).name if Path(name).is_absolute() else name for name in recipe["controlnets"]
+    ]
     return recipe

@@ -86,10 +86,11 @@ def traced_sizes(signature: Signature) -> dict[str, int]:
     Sides that the model's downsampling divides would be traced as if all did (FACTS.md, UNets).
     """
     primes = {"height": 17, "width": 23, "sequence": 37}
-    return {
+    sizes = {
         dim.name: dim.min if dim.fixed else primes.get(dim.name, 3) * dim.multiple_of
         for dim in signature.dims
     }
+    return _following(signature, sizes)
 
 
 def unseen_sizes(signature: Signature) -> dict[str, dict[str, int]]:
@@ -101,13 +102,19 @@ def unseen_sizes(signature: Signature) -> dict[str, dict[str, int]]:
     found = {}
     for factor in factors:
         sizes = {dim.name: _scaled(dim, factor.get(dim.name, 1.0)) for dim in signature.dims}
-        found["x".join(str(size) for size in sizes.values())] = sizes
+        free = [str(sizes[dim.name]) for dim in signature.dims if dim.of is None]
+        found["x".join(free)] = _following(signature, sizes)
     return found
 
 
 def smallest_sizes(signature: Signature) -> dict[str, int]:
     """The least legal value of every dim: what a self-test in a bundle is recorded at."""
-    return {dim.name: dim.nearest(dim.min) for dim in signature.dims}
+    return _following(signature, {dim.name: dim.nearest(dim.min) for dim in signature.dims})
+
+
+def _following(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, where dims that follow from others have what follows."""
+    return {dim.name: dim.following(sizes) for dim in signature.dims}
 
 
 def _scaled(dim: Dim, factor: float) -> int:

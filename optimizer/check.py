@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import psutil
 from optimizer.backends import Built, builder
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.footprint import measure
+from optimizer.forms import neutral_feeds, prepared_forms
 from optimizer.numerics import worst_sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
 from profiles.errors import BuildError, ParityError
 from runners.engines import engine_class
 from runners.engines.base import Engine
+from runners.signature import Signature
 
 __all__ = ["build_and_check", "limit_db"]
 
@@ -67,6 +69,8 @@ def build_and_check(
         found = {name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())}
         total = engine_db(engine, steps.counting(calls.values()))
         least = engine_db(engine, smallest.values())
+        sampled = dict([*list(unseen.items())[:1], ("a recorded call", next(iter(calls.values())))])
+        alone = {name: engine_db(engine, [call]) for name, call in sampled.items()}
         low_bit = builder(job.backend).low_bit_layers(engine) if ran else built.low_bit_layers
     first = next(iter(calls.values()))
     memory = measure(job, built, folder=out, call=first) if ran else None
@@ -74,8 +78,10 @@ def build_and_check(
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
     _require(job, "the recorded runs", total, oracle["sqnr_db"])
+    forms = _forms(job, prepared, out, sampled, alone)
     document: dict[str, Any] = {
         **oracle,
+        "forms": forms,
         "oracle_sqnr_db": oracle["sqnr_db"],
         "files": built.files,
         "properties": built.properties,
@@ -108,10 +114,10 @@ _SELFTEST = "selftest.safetensors"
 """Calls that the engine is judged on where it is installed, or first runs."""
 
 
-def _opened(job: Job, built: Built, out: Path) -> Engine:
+def _opened(job: Job, built: Built, out: Path, signature: Signature | None = None) -> Engine:
     return engine_class(job.backend)(
         {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
-        signature=job.signature,
+        signature=signature or job.signature,
         properties=built.properties,
         threads=psutil.cpu_count(logical=False) or 1,
     )
@@ -130,6 +136,28 @@ def _opened_proof(job: Job, built: Built, out: Path) -> Engine:
         properties={"weights_location": built.proof["weights"], ACCURACY: "1"},
         threads=psutil.cpu_count(logical=False) or 1,
     )
+
+
+def _forms(
+    job: Job, prepared: Path, out: Path, calls: Mapping[str, Call], alone: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Every form, built and checked with nothing in its further inputs: as good as the plain engine
+    `alone` on the same calls.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, signature in prepared_forms(prepared).items():
+        built = builder(job.backend).build_form(prepared, out, job.how, name)
+        with _opened(job, built, out, signature) as engine:
+            for where, call in calls.items():
+                got = engine(neutral_feeds(call, job.signature, signature))
+                db = worst_sqnr_db([(call.outputs, [got[s.name] for s in signature.outputs])])
+                _require(job, f"{where} with its inputs for {name}", db, alone[where])
+        found[name] = {
+            "files": built.files,
+            "signature": signature.model_dump(mode="json"),
+            "properties": built.properties,
+        }
+    return found
 
 
 def _require_low_bits(job: Job, found: int | None) -> None:

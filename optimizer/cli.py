@@ -24,6 +24,9 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--vae", metavar="DIR", help="Autoencoder for the model's own: a folder or hub id.")
 @click.option("--vae-revision", help="Commit, tag or branch of a hub autoencoder.")
 @click.option(
+    "--controlnet", metavar="DIR[,DIR]", help="ControlNets beside it: folders or hub ids[@REV]."
+)
+@click.option(
     "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
 )
 @click.option(
@@ -54,6 +57,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option(
     "--few-step", help="hyper, lcm, lightning or turbo: what the model was distilled with."
 )
+@click.option("--no-lora", is_flag=True, help="No second graphs, which LoRAs need.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe's file.")
 @click.option("--force", is_flag=True, help="Replace another bundle at -o.")
 @click.option(
@@ -82,6 +86,7 @@ def compile_command(
     revision: str | None,
     vae: str | None,
     vae_revision: str | None,
+    controlnet: str | None,
     prediction_type: str | None,
     quant: str | None,
     solver: str | None,
@@ -94,6 +99,7 @@ def compile_command(
     batch: int | None,
     steps: int | None,
     few_step: str | None,
+    no_lora: bool,  # noqa: FBT001
 ) -> None:
     """Make a bundle from MODEL: a diffusers folder, a hub id, or a .safetensors checkpoint."""
     quiet_libraries()
@@ -107,6 +113,7 @@ def compile_command(
         "revision": revision,
         "vae": vae,
         "vae_revision": vae_revision,
+        "controlnets": controlnet and _names(controlnet),
         "prediction_type": prediction_type,
         **_levels(quant),
         "solver": solver,
@@ -121,6 +128,7 @@ def compile_command(
         "batch": batch,
         "steps": steps,
         "few_step": few_step,
+        "lora": False if no_lora else None,
         **_sizes(size_range, size),
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)
@@ -197,7 +205,11 @@ def analyze_command(
 
 
 def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
-    from optimizer.known_models import remembered, remembered_autoencoder
+    from optimizer.known_models import (
+        remembered,
+        remembered_autoencoder,
+        remembered_controlnet,
+    )
     from optimizer.recipe import checked, load_recipe
 
     if file is None:
@@ -213,6 +225,14 @@ def _recipe(given: dict[str, Any], file: Path | None) -> Recipe:
     ):
         if name not in given and written[digest] and not Path(written[name]).exists():
             written[name] = place(written[digest]) or written[name]
+    if "controlnets" in given:
+        written["controlnet_digests"] = ()
+    elif written["controlnet_digests"]:
+        named = zip(written["controlnets"], written["controlnet_digests"], strict=True)
+        written["controlnets"] = [
+            name if Path(name).exists() else remembered_controlnet(digest) or name
+            for name, digest in named
+        ]
     return checked({**written, **given})
 
 
@@ -222,6 +242,16 @@ def _levels(quant: str | None) -> dict[str, Any]:
         return {}
     first, *others = [level.strip() for level in quant.split(",")]
     return {"quant": first, "variants": others}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The control networks that `--controlnet` names, between commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise SpecError(
+            f"--controlnet {text} names nothing between two commas: write it as DIR or DIR,DIR."
+        )
+    return names
 
 
 def _sizes(size_range: str | None, size: str | None) -> dict[str, int]:

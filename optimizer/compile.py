@@ -16,6 +16,7 @@ from typing import Any
 from optimizer import bundling
 from optimizer.autoencoder import with_autoencoder
 from optimizer.backends import backend
+from optimizer.controlnet import with_controlnets
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
 from optimizer.known_models import remember, remember_bundle
@@ -33,6 +34,7 @@ from profiles import profile as profiles
 from profiles.errors import BuildError, DiskFullError
 from profiles.hardware import Hardware
 from runners.console import Console
+from runners.control_tasks import CONTROL
 from runners.manifest import Manifest, Picture
 
 __all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
@@ -79,6 +81,7 @@ def plan_recipe(
             console=console,
             always_hash=always_hash,
         )
+    source = with_controlnets(source, recipe.controlnets, console=console)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan
@@ -144,9 +147,13 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
         plan = choice.plan
         stages = stages.of(plan)
     engines = {}
+    controlled = stages.record_controls(recorded) if plan.source.controls else recorded
     for job in plan.jobs:
-        prepared = stages.prepare(job, recorded, observed)
-        engines[job.name] = stages.engine(job, prepared, recorded)
+        runs = controlled if job.spec.role == "controlnet" else recorded
+        prepared = stages.prepare(job, runs, observed)
+        engines[job.name] = stages.engine(job, prepared, runs)
+        if CONTROL in job.forms:
+            stages.check_control(job, engines[job.name], controlled)
     speed = stages.speed(recorded, engines)
 
     made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
@@ -174,7 +181,7 @@ class Observed:
     covariances: Path | None
 
 
-_NAMES = {"model", "digest", "vae", "vae_digest"}
+_NAMES = {"model", "digest", "vae", "vae_digest", "controlnets", "controlnet_digests"}
 """Of a recipe: what the stages' keys say by files' digests."""
 
 
@@ -189,6 +196,10 @@ class _Stages:
         self._took: dict[Path, float] = {}
         self._machine = hardware.cpu.model_dump(mode="json")
         self._vae = {"vae": plan.source.vae.digest} if plan.source.vae else {}
+        self._controls = {
+            name: control.digest
+            for name, control in zip(plan.source.control_folders, plan.source.controls, strict=True)
+        }
         self._runs = {
             "model": plan.source.digest,
             "calibration": asdict(plan.calibration),
@@ -215,6 +226,12 @@ class _Stages:
         """Held-out denoising runs in fp32."""
         key = {**self._runs, **self._vae, "what": "held-out"}
         return self._run("record", "Record fp32 runs", key, "optimizer.record:record", ())
+
+    def record_controls(self, recorded: Path) -> Path:
+        """Calls of the control networks, and of the denoiser with what they give."""
+        key = {**self._runs, **self._vae, "what": "controls", "controls": self._controls}
+        target = "optimizer.controlling:record_controls"
+        return self._run("record", "Record control networks", key, target, (recorded,))
 
     def of(self, plan: Plan) -> _Stages:
         """The stages of another plan of the same model on the same machine."""
@@ -290,6 +307,12 @@ class _Stages:
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
+    def check_control(self, job: Job, engine: Path, controlled: Path) -> Path:
+        """The denoiser's engine, seen to take control networks' residuals as it should."""
+        key = {"what": "control", "engine": engine.name, "runs": controlled.name}
+        title, target = "Check control networks", "optimizer.control_form:check_control"
+        return self._run("control", title, key, target, (job, engine, controlled), planned=False)
+
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
         """One denoising step, timed against eager fp32; None where one of both can't run here."""
         if self._plan.source.kind == "onnx":
@@ -323,10 +346,12 @@ class _Stages:
         return {
             **self._runs,
             **(self._vae if job.spec.role.startswith("vae") else {}),
+            **({"controls": self._controls} if job.spec.role == "controlnet" else {}),
             "component": job.spec.name,
             "policy": job.policy.model_dump(mode="json"),
             "signature": job.signature.model_dump(mode="json"),
             "form": form,
+            "forms": job.forms,
             "stored": job.dtype if form == "torch" else "fp32",
             "tools": versions(EXPORT if form == "onnx" else TORCH),
         }

@@ -55,25 +55,40 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _counts(value: object) -> bool:
+    return _is_whole(value) or _are_whole(value)
+
+
+_NAME = (lambda value: isinstance(value, str), "a name")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
 _WHOLE = (_is_whole, "a whole number of 1 or more")
 _WHOLES = (_are_whole, "a list of whole numbers of 1 or more")
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "_class_name": (lambda value: isinstance(value, str), "a name"),
+    "_class_name": _NAME,
+    "addition_embed_type": _NAME,
+    "addition_time_embed_dim": _WHOLE,
     "architectures": (_are_names, "a list of names"),
     "axes_dims_rope": _WHOLES,
     "block_out_channels": _WHOLES,
+    "class_embed_type": _NAME,
+    "conditioning_channels": _WHOLE,
+    "conditioning_embedding_out_channels": _WHOLES,
     "cross_attention_dim": _WHOLE,
     "d_model": _WHOLE,
     "decoder_block_out_channels": _WHOLES,
     "encoder_block_out_channels": _WHOLES,
-    "guidance_embeds": (lambda value: isinstance(value, bool), "true or false"),
+    "encoder_hid_dim": _WHOLE,
+    "global_pool_conditions": _FLAG,
+    "guidance_embeds": _FLAG,
     "guidance": (_is_amount, "a number of 0 or more"),
     "hidden_size": _WHOLE,
     "in_channels": _WHOLE,
     "joint_attention_dim": _WHOLE,
     "latent_channels": _WHOLE,
+    "layers_per_block": (_counts, "a whole number of 1 or more, or a list of them"),
     "max_position_embeddings": _WHOLE,
+    "num_class_embeds": _WHOLE,
     "num_hidden_layers": _WHOLE,
     "out_channels": _WHOLE,
     "patch_size": _WHOLE,

@@ -93,7 +93,7 @@ def pipeline_with(plan: Plan, loaded: Mapping[str, nn.Module]) -> Any:
         "vae": _Undecoded(source.component_config("vae"), encoder),
     }
     for spec in plan.family.components:
-        if not spec.role.startswith("vae"):
+        if spec.role in ("text_encoder", "denoiser"):
             adapter = adapter_of(spec.role, spec.wrapper)
             parts[spec.name] = loaded.get(spec.name) or adapter(
                 source.component_config(spec.folder), _absent

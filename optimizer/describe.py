@@ -51,6 +51,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.source.name,
         "vae": plan.source.vae and plan.source.vae.name,
+        "controlnets": [control.name for control in plan.source.controls],
         "family": plan.family.name,
         "profile": plan.profile.name,
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -180,7 +181,9 @@ def _quality(manifest: Manifest) -> str:
 
 def _autoencoder(plan: Plan) -> list[str]:
     vae = plan.source.vae
-    return [] if vae is None else [f"vae {vae.name} ({vae.class_name}), not the model's own"]
+    lines = [] if vae is None else [f"vae {vae.name} ({vae.class_name}), not the model's own"]
+    named = zip(plan.source.control_folders, plan.source.controls, strict=True)
+    return lines + [f"{folder} {control.name} ({control.class_name})" for folder, control in named]
 
 
 def _policy_line(plan: Plan) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "remember_licence",
     "remembered",
     "remembered_autoencoder",
+    "remembered_controlnet",
     "seen_bundles",
     "seen_models",
 ]
@@ -61,6 +62,10 @@ def remember(source: ModelSource) -> None:
     if source.vae is not None and source.vae.kind != "hub":
         place = str(Path(source.vae.name).expanduser().absolute())
         _write("known_autoencoders", source.vae.digest, {"path": place})
+    for control in source.controls:
+        if control.kind != "hub":
+            place = str(Path(control.name).expanduser().absolute())
+            _write("known_controlnets", control.digest, {"path": place})
 
 
 def remembered(digest: str) -> str | None:
@@ -71,6 +76,11 @@ def remembered(digest: str) -> str | None:
 def remembered_autoencoder(digest: str) -> str | None:
     """The same of an autoencoder that was given beside a model."""
     return _place("known_autoencoders", digest)
+
+
+def remembered_controlnet(digest: str) -> str | None:
+    """The same of a control network."""
+    return _place("known_controlnets", digest)
 
 
 def _place(kind: str, digest: str) -> str | None:

@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from optimizer import families
+from optimizer.families.controls import CONTROLNETS, require_control_known
 from optimizer.vae_config import AUTOENCODERS, completed, require_known
 from profiles.errors import SpecError, UnsupportedError
 
 __all__ = [
     "AUTOENCODER",
+    "COMPONENT",
     "PICKLES",
     "PIPELINE",
     "choose_files",
@@ -28,8 +30,8 @@ __all__ = [
 
 PIPELINE = "model_index.json"
 """The file that describes a whole pipeline."""
-AUTOENCODER = "config.json"
-"""The file that describes one autoencoder."""
+COMPONENT = AUTOENCODER = "config.json"
+"""The file that describes one component: an autoencoder, a ControlNet."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 """Endings of files that run code when they are loaded carelessly."""
@@ -97,11 +99,15 @@ def described_by(names: Collection[str], *, accepted: Sequence[str], where: str)
 def require_described(
     marker: str, document: Mapping[str, Any], *, accepted: Sequence[str], where: str
 ) -> None:
-    """Raise `SpecError` where the `document` in a `marker` file is of no autoencoder that is known.
+    """Raise `SpecError` where the `document` in a `marker` file is of no autoencoder and of no
+    ControlNet that is known.
 
     That of a pipeline is looked into when its files are chosen.
     """
     if marker == PIPELINE:
+        return
+    if document.get("_class_name") in CONTROLNETS:
+        require_control_known(document, where=where)
         return
     if PIPELINE in accepted and document.get("_class_name") not in AUTOENCODERS:
         raise SpecError(_no_pipeline(where))
@@ -125,7 +131,8 @@ def chosen_by(
     if marker == PIPELINE:
         return choose_files(names, index=document, where=where)
     inside = [name for name in names if "/" not in name]
-    return sorted([AUTOENCODER, *_choose_weights(inside, "the autoencoder", where)])
+    what = "the ControlNet" if document.get("_class_name") in CONTROLNETS else "the autoencoder"
+    return sorted([COMPONENT, *_choose_weights(inside, what, where)])
 
 
 def choose_files(names: Iterable[str], *, index: Mapping[str, Any], where: str) -> list[str]:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from optimizer.backends import How
+from optimizer.backends import BACKENDS, How
 from optimizer.backends import backend as backend_named
 from optimizer.calibration import Calibration, calibration_of, default_steps
 from optimizer.configs import Config
 from optimizer.drawn import Drawn, drawn_with
 from optimizer.families import family as family_named
 from optimizer.families.base import ComponentSpec, Family, Ranges
+from optimizer.families.controls import with_controls
 from optimizer.families.parts import with_vae
 from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
@@ -34,6 +35,7 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from profiles.target import parse_target
+from runners.control_tasks import CONTROL
 from runners.signature import Dim, Signature
 
 __all__ = ["Job", "Plan", "make_plan", "with_policy"]
@@ -80,6 +82,9 @@ class Job:
     def name(self) -> str:
         """Of the engine in the bundle: the component's, and a variant's level."""
         return f"{self.spec.name}-{self.quant}" if self.is_variant else self.spec.name
+
+    forms: tuple[str, ...] = ()
+    """Further graphs over the same weights that are made (optimizer.forms)."""
 
     @property
     def candidates(self) -> tuple[Scheme, ...]:
@@ -167,6 +172,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     known = family_named(source.family).of(source.folders)
     if source.kind == "onnx":
         known = as_exported(known)
+    known = with_controls(known, len(source.controls))
     configs = {
         folder: source.checked_config(folder)
         for folder in dict.fromkeys(spec.folder for spec in known.components)
@@ -198,6 +204,8 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
             "digest": source.digest,
             "vae_revision": source.vae and source.vae.revision,
             "vae_digest": source.vae and source.vae.digest,
+            "controlnets": tuple(control.pinned for control in source.controls),
+            "controlnet_digests": tuple(control.digest for control in source.controls),
         }
     )
     signatures = _signatures(known, source, configs, ranges)
@@ -235,6 +243,13 @@ def _require_digests(recipe: Recipe, source: ModelSource) -> None:
             f"{source.vae.name} isn't the autoencoder that the recipe was made for (its files "
             "differ): give the right one with --vae, or remove `vae_digest` from the recipe."
         )
+    for control, wanted in zip(source.controls, recipe.controlnet_digests, strict=False):
+        if wanted != control.digest:
+            raise SpecError(
+                f"{control.name} isn't the control network that the recipe was made for (its files "
+                "differ): give the right one with --controlnet, or remove `controlnet_digests` "
+                "from the recipe."
+            )
 
 
 def _signatures(
@@ -337,6 +352,7 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
         parameters=parameters,
         predicted_bytes=predicted,
         fixed_bytes=fixed,
+        forms=_forms(spec, source, recipe),
         least_bytes=fixed
         + sum(
             min(scheme.fitted(shape).stored_bytes(shape, float_bytes) for scheme in tried)
@@ -367,6 +383,27 @@ def _variants(
 def _solver(quant: str) -> str:
     """What suits a level."""
     return "gptq" if quant in _GPTQ else "mse"
+
+
+_TAKE_LORA = ("clip_text", "clip_hidden")
+"""Wrappers of text encoders that LoRAs are made for."""
+
+
+def _forms(spec: ComponentSpec, source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
+    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known; and
+    control networks' for a denoiser that has any, for which UnsupportedError is raised elsewhere.
+    """
+    takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
+    known = backend_named(str(recipe.backend))
+    lora = recipe.lora and takes and known.forms and source.kind != "onnx"
+    if spec.role == "denoiser" and source.controls:
+        if not known.forms:
+            raise UnsupportedError(
+                f"--controlnet can't be used with the backend {known.name} yet: use "
+                f"{' or '.join(item.name for item in BACKENDS.values() if item.forms)}."
+            )
+        return ("lora", CONTROL, f"{CONTROL}+lora") if lora else (CONTROL,)
+    return ("lora",) if lora else ()
 
 
 def _shapes(spec: ComponentSpec, source: ModelSource) -> dict[str, Shape]:

@@ -21,12 +21,15 @@ from optimizer.calls import (
     traced_sizes,
     unseen_sizes,
 )
+from optimizer.control_form import prepare_control
 from optimizer.load import load_module
+from optimizer.lora_form import prepare_lora
 from optimizer.numerics import EXACT_DB, worst_sqnr_db
 from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import planned_layers, quantized_layers
 from optimizer.record import load_statistics
+from runners.control_tasks import CONTROL
 from runners.modules import WRAPPERS
 from runners.quantized import insert_quantized
 
@@ -91,6 +94,12 @@ def prepare(
         _export(wrapper, job, next(iter(calls.values())), out)
     else:
         _store(module, plan, job, out)
+    if "lora" in job.forms:
+        prepare_lora(module, job.signature, out, with_graph=backend(job.backend).form == "onnx")
+    if CONTROL in job.forms:
+        config = plan.source.checked_config(job.spec.folder)
+        with_graph = backend(job.backend).form == "onnx"
+        prepare_control(module, job, config, out, with_graph=with_graph)
 
 
 def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, Call]:

@@ -23,8 +23,8 @@ def pull_command(
     revision: str | None,
     as_json: bool,  # noqa: FBT001
 ) -> None:
-    """Download what kiln uses of the hub model or autoencoder MODEL; cut off, it goes on where it
-    stopped.
+    """Download what kiln uses of MODEL, a hub model, autoencoder or ControlNet; cut off, it goes on
+    where it stopped.
     """
     quiet_libraries()
     from optimizer.hub import fetch

@@ -36,6 +36,10 @@ class Recipe(BaseModel):
     vae_revision: str | None = None
     vae_digest: str | None = None
     """Of the autoencoder's files, where it is known: another one is then refused."""
+    controlnets: tuple[str, ...] = ()
+    """Control networks beside the model: folders, or hub ids with or without @REVISION."""
+    controlnet_digests: tuple[str, ...] = ()
+    """Of their files, where they are known: others are then refused."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Of a single-file checkpoint, where it isn't what its marks and weights tell."""
     quant: str | None = None
@@ -59,6 +63,8 @@ class Recipe(BaseModel):
     """The sides in pixels that must work; by default half and four times the native one."""
     batch: int = Field(default=4, ge=1, le=64)
     """The pictures at once that must work."""
+    lora: bool = True
+    """Whether the engines take LoRAs, where their backend can: a second graph each."""
     few_step: str | None = None
     """What the model was distilled with, where its files don't say it."""
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -143,6 +149,15 @@ class Recipe(BaseModel):
     def _autoencoder(self) -> Self:
         if self.vae is None and (self.vae_revision or self.vae_digest):
             raise ValueError("--vae-revision needs --vae, whose hub id it belongs to")
+        return self
+
+    @model_validator(mode="after")
+    def _controls(self) -> Self:
+        if self.controlnet_digests and len(self.controlnet_digests) != len(self.controlnets):
+            raise ValueError(
+                f"controlnet_digests holds {len(self.controlnet_digests)} digests and controlnets "
+                f"{len(self.controlnets)} networks: give a digest each, or none"
+            )
         return self
 
     @model_validator(mode="after")

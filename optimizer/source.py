@@ -21,10 +21,12 @@ from optimizer.vae_config import completed
 from optimizer.weights import Parameter, read_header
 from profiles.errors import SpecError
 from runners.console import Console
+from runners.control_tasks import controlnet_names
 from runners.receipts import sha256_of
 
 if TYPE_CHECKING:
     from optimizer.autoencoder import AutoencoderSource
+    from optimizer.controlnet import ControlSource
 
 __all__ = [
     "HUB_ID",
@@ -62,6 +64,8 @@ class ModelSource:
     """Every file of the folder that is used, by its relative posix path."""
     vae: AutoencoderSource | None = None
     """In the place of the model's own VAE."""
+    controls: tuple[ControlSource, ...] = ()
+    """Control networks beside it."""
 
     @property
     def digest(self) -> str:
@@ -78,9 +82,21 @@ class ModelSource:
             if not name.startswith("_") and (value is None or isinstance(value, str | int | float))
         }
 
+    @property
+    def control_folders(self) -> tuple[str, ...]:
+        """What the control networks are called, as if each had a folder of the model's."""
+        return controlnet_names(len(self.controls))
+
+    def _given(self, name: str) -> AutoencoderSource | ControlSource | None:
+        """What was given beside the model for a folder of this name."""
+        if name == _VAE:
+            return self.vae
+        return dict(zip(self.control_folders, self.controls, strict=True)).get(name)
+
     def component_folder(self, name: str) -> Path:
         """Return where a component's config and weights lie."""
-        return self.vae.folder if self.vae and name == _VAE else self.folder / name
+        given = self._given(name)
+        return self.folder / name if given is None else given.folder
 
     @property
     def folders(self) -> frozenset[str]:
@@ -113,8 +129,8 @@ class ModelSource:
 
     def _inside(self, component: str) -> list[str]:
         """The used files of a component's folder, by their names in it."""
-        if self.vae and component == _VAE:
-            return sorted(self.vae.files)
+        if (given := self._given(component)) is not None:
+            return sorted(given.files)
         prefix = f"{component}/"
         return sorted(name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ def load(
     verify: Literal["changed", "always"] = "changed",
     variant: str | None = None,
     residency: Literal["keep", "sequential"] = "keep",
+    controlnets: Sequence[str] | None = None,
 ) -> Any:
     """The diffusers pipeline of `task`, running on the engines of `bundle`.
 
@@ -32,6 +34,7 @@ def load(
     this machine. `verify` "always" hashes large files though they haven't changed since they were
     last hashed. `variant` is a level of the denoiser where the bundle holds several (default: the
     best). `residency` "sequential" keeps one part open at a time: text encoders, denoiser, VAE.
+    `controlnets` are those of the bundle's that a task with "control" has (default: all).
     The pipeline is the plain diffusers class; `pipe.kiln` is the loaded bundle.
     Raises UntrustedError where nobody trusted has signed the bundle, what `require_compatible`
     raises where it doesn't fit this machine, BundleError when a byte is wrong, SelfTestError where
@@ -59,4 +62,11 @@ def load(
 
     from runners.pipeline import load as load_pipeline  # torch and all: only for verified bytes
 
-    return load_pipeline(opened, task=task, threads=threads, variant=variant, residency=residency)
+    return load_pipeline(
+        opened,
+        task=task,
+        threads=threads,
+        variant=variant,
+        residency=residency,
+        controlnets=controlnets,
+    )

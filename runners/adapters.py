@@ -31,7 +31,8 @@ from runners.tiling import in_tiles
 
 __all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run", "with_defaults"]
 
-OpenEngine = Callable[[], Engine]
+OpenEngine = Callable[..., Engine]
+"""Gives the open engine, or with a form's name that form of it."""
 
 
 class Adapter(nn.Module):
@@ -42,6 +43,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
+        self.low_rank: dict[str, Tensor] = {}
+        """What the LoRAs in use feed the engine with; empty: the plain engine runs."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,6 +55,11 @@ class Adapter(nn.Module):
     def device(self) -> torch.device:
         """Where inputs and outputs live."""
         return self.anchor.device
+
+    def opened(self, engine: OpenEngine, form: str = "") -> Engine:
+        """The engine, in the form that takes what it is fed with."""
+        forms = [name for name in (form, "lora" if self.low_rank else "") if name]
+        return engine("+".join(forms)) if forms else engine()
 
 
 def with_defaults(config: Mapping[str, Any]) -> FrozenDict:
@@ -107,9 +115,10 @@ class TextEncoderAdapter(Adapter):
         """
         if attention_mask is not None:
             raise UnsupportedError("The text encoder's engine takes no attention mask.")
-        engine = self._engine()
+        engine = self.opened(self._engine)
         names = [spec.name for spec in engine.signature.outputs]
-        found: dict[str, Any] = dict(zip(names, run(engine, input_ids=input_ids), strict=True))
+        outputs = run(engine, input_ids=input_ids, **self.low_rank)
+        found: dict[str, Any] = dict(zip(names, outputs, strict=True))
         states = found.pop("hidden_states", None)
         if output_hidden_states:
             if states is None:

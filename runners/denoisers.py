@@ -8,7 +8,7 @@ reads 951 as 952 (2 dB of the reference model's noise in bf16, and 18 of a small
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from profiles.errors import UnsupportedError
 from runners.adapters import Adapter, OpenEngine, run, with_defaults
+from runners.control_tasks import CONTROL
 
 __all__ = [
     "DENOISERS",
@@ -109,19 +110,23 @@ class _DenoiserAdapter(Adapter):
     wrapper: str
 
     def __init__(self, config: dict[str, Any], engine: OpenEngine) -> None:
-        """Take the denoiser's config and a function that opens its engine once."""
+        """Take the denoiser's config and a function that opens its engine, or the form that it is
+        called with, once.
+        """
         super().__init__(with_defaults(config))
         self._engine = engine
 
-    def _denoised(self, given: Given) -> Tensor:
-        """The engine's prediction; UnsupportedError for inputs that it doesn't have."""
-        engine = self._engine()
+    def _denoised(self, given: Given, form: str = "") -> Tensor:
+        """The prediction of the engine, or of a form of it; UnsupportedError for inputs that it
+        doesn't have.
+        """
+        engine = self.opened(self._engine, form)
         names = [spec.name for spec in engine.signature.inputs]
         there = {name: value for name, value in given.items() if value is not None}
         feeds = FEEDS[self.wrapper](self.config, there)
         if extra := [name for name in feeds if name not in names]:
             raise UnsupportedError(f"The denoiser's engine has no input for {', '.join(extra)}.")
-        (out,) = run(engine, **feeds)
+        (out,) = run(engine, **feeds, **self.low_rank)
         return out
 
 
@@ -148,21 +153,27 @@ class UNetAdapter(_DenoiserAdapter):
         timestep_cond: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,  # noqa: FBT001, FBT002 (diffusers' signature)
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """One step's raw prediction, shaped as `sample` [batch, channels, height, width].
 
         Raises UnsupportedError for inputs that the engine doesn't have.
         """
+        residuals = dict(enumerate(down_block_additional_residuals or ()))
         out = self._denoised(
             {
+                **{f"down_residual_{i}": residual for i, residual in residuals.items()},
+                "mid_residual": mid_block_additional_residual,
                 "sample": sample,
                 "timestep": timestep,
                 "encoder_hidden_states": encoder_hidden_states,
                 "timestep_cond": timestep_cond,
                 "cross_attention_kwargs": cross_attention_kwargs or None,
                 "added_cond_kwargs": added_cond_kwargs,
-            }
+            },
+            CONTROL if residuals else "",
         )
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 

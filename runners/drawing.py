@@ -46,6 +46,15 @@ class Drawing(ABC):
         pixels a side.
         """
 
+    @property
+    def control_size(self) -> Size:
+        """Of the picture that a control image has to match, before it lies on the canvas."""
+        return self.size
+
+    def control_canvas(self, image: Image.Image) -> Image.Image:
+        """A control image of that size, as it lies over what is drawn."""
+        return image
+
     @abstractmethod
     def finished(self, drawn: Image.Image, *, cell: int) -> Image.Image:
         """The picture that is saved."""
@@ -63,7 +72,7 @@ def drawing_of(request: Request, manifest: Manifest) -> Drawing:
         native = sides_of(manifest).nearest(manifest.native_size)
         return _FromText(asked or (native, native))
     image = open_image(request.image)
-    if request.task == "img2img":
+    if request.mask is None and request.outpaint is None:
         return _FromImage(image, asked, sides_of(manifest))
     return _repainted(image, request, asked, sides_of(manifest))
 
@@ -96,10 +105,18 @@ class _FromImage(Drawing):
         whole = image.picture.size
         fit = fit_covering(whole, asked) if asked else fit_whole(whole, side)
         super().__init__(fit.canvas, fit.scaled)
+        self._fit, self._whole = fit, whole
         self._canvas = fit.canvas_of(image.picture)
         self.facts = {**_named("image", image), "canvas": list(fit.canvas)}
         if fit.scaled != whole:
             self.notes.append(f"{image.name} ({_by(whole)}) is drawn at {_by(fit.scaled)}.")
+
+    @property
+    def control_size(self) -> Size:
+        return self._whole
+
+    def control_canvas(self, image: Image.Image) -> Image.Image:
+        return self._fit.canvas_of(image)
 
     def arguments(self, count: int, *, cell: int) -> dict[str, Any]:  # noqa: ARG002
         return {"image": [self._canvas] * count}
@@ -117,6 +134,13 @@ class _Repainted(Drawing):
         self._picture, self._mask, self._fit = picture, mask, fit
         self._canvas = fit.canvas_of(picture)
         self._repaint = fit.canvas_of_mask(mask)
+
+    @property
+    def control_size(self) -> Size:
+        return self._picture.size
+
+    def control_canvas(self, image: Image.Image) -> Image.Image:
+        return self._fit.canvas_of(image)
 
     def arguments(self, count: int, *, cell: int) -> dict[str, Any]:
         return {

@@ -14,6 +14,8 @@ import click
 import runners
 from profiles.errors import SpecError
 from runners.console import Console, quiet_libraries
+from runners.control_options import parse_control
+from runners.lora_choices import choices_of, lora_folders
 from runners.outputs import require_writable
 from runners.requests import Request, check_request, outpaint_of, size_of
 from runners.way_options import wanted_of, way_options
@@ -39,6 +41,21 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--strength", type=float, help="Of the noise on --image: 0 none, 1 all."),
         click.option("--mask", type=_FILE, help="White where --image is repainted."),
         click.option("--outpaint", metavar="L,T,R,B", help="Pixels to extend --image by."),
+        click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="Repeatable."),
+        click.option(
+            "--lora-dir",
+            "lora_dirs",
+            multiple=True,
+            type=_FILE,
+            help="Where <lora:name:0.8> in a prompt is looked up [default: KILN_LORA_DIRS]",
+        ),
+        click.option(
+            "--control",
+            "controls",
+            multiple=True,
+            metavar="[canny:]FILE[:WEIGHT[:START-END]]",
+            help="Control image, one a network of the bundle, in its order, or NETWORK=FILE.",
+        ),
         click.option(
             "--clip-skip", type=int, help="1 the text encoder's last layer, 2 the one before, ..."
         ),
@@ -78,6 +95,9 @@ def generate(
     strength: float | None,
     mask: Path | None,
     outpaint: str | None,
+    controls: tuple[str, ...],
+    loras: tuple[str, ...],
+    lora_dirs: tuple[Path, ...],
     clip_skip: int | None,
     memory: str | None,
     variant: str | None,
@@ -98,8 +118,9 @@ def generate(
     if not verbose:
         quiet_libraries()
     width, height = size_of(size)
+    chosen, plain = choices_of(loras, prompt, lora_folders(lora_dirs))
     request = Request(
-        prompt=prompt,
+        prompt=plain,
         negative_prompt=negative,
         steps=steps,
         guidance=guidance,
@@ -114,6 +135,8 @@ def generate(
         outpaint=outpaint_of(outpaint),
         strength=strength,
         clip_skip=clip_skip,
+        controls=tuple(parse_control(text) for text in controls),
+        loras=chosen,
     )
     if threads is not None and threads < 1:
         raise SpecError(f"--threads {threads} is not possible: use 1 or more.")
@@ -134,6 +157,7 @@ class _Task:
 
     request: Request
     drawing: Any
+    controls: Any
     ladder: Any
 
 
@@ -149,6 +173,7 @@ def _loaded(
     """
     from runners.bundle import trusted_manifest
     from runners.choosing import chosen
+    from runners.control_images import controls_of
     from runners.drawing import drawing_of
     from runners.installed import located
     from runners.selftest import facts_for
@@ -157,13 +182,19 @@ def _loaded(
     bundle = located(bundle)
     manifest = trusted_manifest(bundle, trust=load_trust(load.keywords["trust"]))
     drawing = drawing_of(request, manifest)
+    controls = controls_of(request.controls, manifest, drawing)
     choice = chosen(manifest, request, drawing.size, wanted, facts=partial(facts_for, manifest))
     console.info(choice.sentence)
     way = choice.ladder.way
     with console.stage(f"Load {bundle}"):
-        pipeline = load(task=request.task, variant=way.variant, residency=way.residency)
+        pipeline = load(
+            task=request.task,
+            variant=way.variant,
+            residency=way.residency,
+            controlnets=controls.networks,
+        )
     choice.ladder.set(pipeline)
-    return _Task(request, drawing, choice.ladder), pipeline
+    return _Task(request, drawing, controls, choice.ladder), pipeline
 
 
 def _draw(pipeline: Any, task: _Task, names: list[Path], console: Console) -> None:
@@ -207,6 +238,7 @@ def _shown(pipeline: Any, task: _Task, console: Console) -> Iterator[Any]:
             pipeline,
             request,
             drawing=task.drawing,
+            controls=task.controls,
             on_step=step,
             say=console.info,
             ladder=task.ladder,

@@ -73,12 +73,15 @@ def _text(manifest: Manifest) -> str:
 
 
 def _autoencoder(manifest: Manifest) -> list[str]:
-    """What stands in the place of the model's own VAE, if anything."""
-    vae = manifest.model.vae
-    if vae is None:
-        return []
-    revision = f" at {vae.revision}" if vae.revision else ""
-    return [f"vae        {vae.name}{revision} ({vae.class_name}), not the model's own"]
+    """What stands in the place of the model's own VAE, and the control networks, if any."""
+    vae, lines = manifest.model.vae, []
+    if vae is not None:
+        revision = f" at {vae.revision}" if vae.revision else ""
+        lines.append(f"vae        {vae.name}{revision} ({vae.class_name}), not the model's own")
+    for control in manifest.model.controls:
+        revision = f" at {control.revision}" if control.revision else ""
+        lines.append(f"{control.component} {control.name}{revision} ({control.class_name})")
+    return lines
 
 
 def _built_for(manifest: Manifest) -> list[str]:

@@ -16,7 +16,9 @@ __all__ = [
     "SCHEMA",
     "AutoencoderEntry",
     "ComponentEntry",
+    "ControlEntry",
     "FileEntry",
+    "FormEntry",
     "Manifest",
     "ModelEntry",
     "Picture",
@@ -56,6 +58,22 @@ class AutoencoderEntry(BaseModel):
     """diffusers' class."""
 
 
+class ControlEntry(BaseModel):
+    """Where the weights of a control network came from."""
+
+    model_config = _STRICT
+
+    component: str
+    """What the bundle calls it."""
+    name: str
+    """A hub id, or the name of a folder."""
+    revision: str | None
+    digest: str
+    """sha256 over the digests of the files that were read."""
+    class_name: str
+    """diffusers' class."""
+
+
 class ModelEntry(BaseModel):
     """Where the weights came from."""
 
@@ -72,6 +90,20 @@ class ModelEntry(BaseModel):
     """What model_index.json says of the pipeline beside its parts."""
     vae: AutoencoderEntry | None = None
     """In the place of the model's own VAE."""
+    controls: tuple[ControlEntry, ...] = ()
+    """Control networks beside the model, in the order in which they were given."""
+
+
+class FormEntry(BaseModel):
+    """A component's engine once more, with further inputs, over the same weights' file."""
+
+    model_config = _STRICT
+
+    files: dict[str, RelativePath]
+    """What the file is to the backend -> where it lies; some of them are the plain engine's."""
+    signature: Signature
+    """That of the plain engine, and the further inputs."""
+    properties: dict[str, str | int | float | bool]
 
 
 class ComponentEntry(BaseModel):
@@ -119,6 +151,8 @@ class ComponentEntry(BaseModel):
     """The least SQNR that is accepted then."""
     memory: PartMemory | None = None
     """What it takes of memory; None in bundles older than schema 4."""
+    forms: dict[str, FormEntry] = {}
+    """Its other graphs by what they take beside the plain one's inputs: "lora"."""
 
 
 class Picture(BaseModel):
@@ -252,4 +286,5 @@ class Manifest(BaseModel):
 def _files(entry: ComponentEntry) -> tuple[str, ...]:
     """The paths that an entry names."""
     last = (entry.selftest,) if entry.selftest is not None else ()
-    return (*entry.files.values(), entry.config, *last)
+    formed = (path for form in entry.forms.values() for path in form.files.values())
+    return (*entry.files.values(), *formed, entry.config, *last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,31 @@ def parameters_text(facts: dict[str, Any]) -> str:
         "Size": f"{facts['width']}x{facts['height']}",
         "Denoising strength": facts.get("strength"),
         "Clip skip": facts.get("clip_skip"),
+        **_controls(facts.get("controls", ())),
+        "Lora hashes": ", ".join(f"{x['name']}: {x['sha256'][:12]}" for x in facts.get("loras", []))
+        or None,
         "Model hash": facts["model_digest"][:10],
         "Model": facts["model"],
         "Version": f"kiln {facts['kiln']}",
     }
-    lines = [facts["prompt"]]
+    loras = facts.get("loras", [])
+    tags = [f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras]
+    lines = [" ".join([facts["prompt"], *tags])]
     if facts["negative_prompt"]:
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
     given = {name: value for name, value in settings.items() if value is not None}
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in given.items()))
     return "\n".join(lines)
+
+
+def _controls(controls: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """An entry for each control image, as A1111's ControlNet extension writes it."""
+    return {
+        f"ControlNet {number}": f"Module: {control['preprocessor'] or 'none'}, "
+        f"Model: {control['network']}, Weight: {control['weight']}, "
+        f"Guidance Start: {control['start']}, Guidance End: {control['end']}"
+        for number, control in enumerate(controls)
+    }
 
 
 def _quoted(value: object) -> str:

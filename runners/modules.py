@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from profiles.errors import SpecError
+from runners.controls import ControlledUNet, ControlNet
 from runners.unets import TimestepUNet, unet_wrapper
 
 __all__ = ["WRAPPERS", "component_class", "component_from_config"]
@@ -23,6 +24,7 @@ _CLASSES = {
     "AutoencoderTiny": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
+    "ControlNetModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
     "SD3Transformer2DModel": "diffusers",
     "T5EncoderModel": "transformers",
@@ -261,7 +263,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clip_plain": ClipPlain,
     "clip_hidden": ClipHidden,
     "t5_text": T5Text,
+    "controlnet": ControlNet,
     "unet": unet_wrapper,
+    "unet_control": ControlledUNet,
     "unet_timestep": TimestepUNet,
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ import psutil
 import torch
 import transformers
 
-from profiles.errors import BundleError, SpecError
+from profiles.errors import BundleError, SpecError, UnsupportedError
 from runners.adapters import TextEncoderAdapter, VaeAdapter
 from runners.bundle import Bundle
+from runners.control_adapters import ControlNetAdapter
+from runners.control_tasks import CONTROL, CONTROL_TASKS
 from runners.denoisers import DENOISERS
 from runners.engines import engine_class
 from runners.engines.base import Engine
-from runners.manifest import ComponentEntry
+from runners.lora_adapters import offer_lora
+from runners.manifest import ComponentEntry, Manifest
 from runners.memory import Residency
 from runners.prompting import PromptCache
 from runners.residency import OpenEngines
@@ -94,6 +97,8 @@ class LoadedBundle:
         self._open = OpenEngines(
             self._made, residency=residency, checked=self._checked, released=self._let_go
         )
+        self.loras: Any = None
+        """The pipeline's LoRAs (runners.lora_adapters)."""
 
     @property
     def manifest(self) -> Any:
@@ -127,17 +132,24 @@ class LoadedBundle:
         self._denoiser = denoiser
         self._open.residency = residency or self._open.residency
 
-    def engine(self, name: str) -> Engine:
-        """The open engine of the component called `name`, opened at the first call."""
+    def engine(self, name: str, form: str = "") -> Engine:
+        """The open engine of the component called `name`, opened at the first call.
+
+        `form` is one of its entry's forms, "" the plain engine; the one before is released, so that
+        a component's weights are in memory once. UnsupportedError where it has no such form.
+        """
         entry: ComponentEntry = self.manifest.named(name)
-        return self._open.open(self._denoiser if entry.role == "denoiser" else entry)
+        entry = self._denoiser if entry.role == "denoiser" else entry
+        if form and form not in entry.forms:
+            raise UnsupportedError(_no_form(entry, form))
+        return self._open.open(entry, form)
 
     def close(self) -> None:
         """Release all engines, and their memory."""
         self._open.close()
 
-    def _made(self, entry: ComponentEntry) -> Engine:
-        return open_engine(self.bundle, entry, threads=self.threads)
+    def _made(self, entry: ComponentEntry, form: str) -> Engine:
+        return open_engine(self.bundle, entry, form=form, threads=self.threads)
 
     def _checked(self, entry: ComponentEntry, engine: Engine) -> None:
         if not entry.ran:
@@ -149,11 +161,19 @@ class LoadedBundle:
             self.bundle.release()
 
 
-def open_engine(bundle: Bundle, entry: ComponentEntry, *, threads: int) -> Engine:
-    """The engine of a component, from verified bytes; not yet open."""
-    files = {role: bundle.file(name) for role, name in entry.files.items()}
+def open_engine(bundle: Bundle, entry: ComponentEntry, *, form: str = "", threads: int) -> Engine:
+    """The engine of a component, or a form of it, from verified bytes; not yet open."""
+    made = entry.forms[form] if form else entry
+    files = {role: bundle.file(name) for role, name in made.files.items()}
     return engine_class(entry.backend)(
-        files, signature=entry.signature, properties=entry.properties, threads=threads
+        files, signature=made.signature, properties=made.properties, threads=threads
+    )
+
+
+def _no_form(entry: ComponentEntry, form: str) -> str:
+    return (
+        f"The {entry.backend} engine of {entry.name} was compiled without inputs for "
+        f"{form.replace('+', ' and ')}: compile the model again with them (README, LoRA)."
     )
 
 
@@ -164,13 +184,15 @@ def load(
     threads: int | None = None,
     variant: str | None = None,
     residency: Residency = "keep",
+    controlnets: Sequence[str] | None = None,
 ) -> Any:
     """The diffusers pipeline of `task`, running on the engines of a verified bundle.
 
-    `runners.load` opens it, and asks whether it fits this machine. Raises BundleError for a
-    pipeline that isn't known here, SpecError for an unknown task or variant.
+    `runners.load` opens it, and asks whether it fits this machine. `controlnets` are the control
+    networks that a task with control images has (default: all). Raises BundleError for a
+    pipeline that isn't known here, SpecError for an unknown task, variant or network.
     """
-    tasks = TASKS.get(opened.manifest.model.pipeline_class)
+    tasks = _tasks_of(opened.manifest)
     if tasks is None:
         raise BundleError(
             f"{opened.path} names the pipeline {opened.manifest.model.pipeline_class}; this kiln "
@@ -181,13 +203,35 @@ def load(
         raise SpecError(f"The task {task} is not known here: use one of {', '.join(tasks)}{needs}.")
     count = threads or psutil.cpu_count(logical=False) or 1
     loaded = LoadedBundle(opened, count, variant=variant, residency=residency)
-    pipeline = _assembled(getattr(diffusers, tasks[task]), loaded)
+    controls = _controls_of(opened.manifest, controlnets) if task.startswith(CONTROL) else ()
+    pipeline = _assembled(getattr(diffusers, tasks[task]), loaded, controls)
     pipeline.kiln = loaded
+    offer_lora(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if opened.manifest.on_card:
         _choose_card(opened)
         pipeline.to("cuda")
     return pipeline
+
+
+def _tasks_of(manifest: Manifest) -> dict[str, str] | None:
+    """Task -> diffusers' class; None for a pipeline that isn't known here."""
+    name = manifest.model.pipeline_class
+    controlled = CONTROL_TASKS.get(name, {}) if _networks(manifest) else {}
+    return None if name not in TASKS else {**TASKS[name], **controlled}
+
+
+def _networks(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(entry.name for entry in manifest.components if entry.role == "controlnet")
+
+
+def _controls_of(manifest: Manifest, asked: Sequence[str] | None) -> tuple[str, ...]:
+    there = _networks(manifest)
+    if absent := [name for name in asked or () if name not in there]:
+        raise SpecError(
+            f"The bundle has no control network {absent[0]}: use one of {', '.join(there)}."
+        )
+    return tuple(asked or there)
 
 
 def _choose_card(bundle: Bundle) -> None:
@@ -205,7 +249,7 @@ def _choose_card(bundle: Bundle) -> None:
         torch.cuda.set_device(max(fitting, key=lambda index: fitting[index]))
 
 
-def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
+def _assembled(cls: Any, loaded: LoadedBundle, controls: tuple[str, ...]) -> Any:
     bundle = loaded.bundle
     parts: dict[str, Any] = {"scheduler": _scheduler(bundle)}
     for name in sorted({path.split("/")[0] for path in bundle.manifest.files}):
@@ -213,9 +257,17 @@ def _assembled(cls: Any, loaded: LoadedBundle) -> Any:
             with bundle.folder(name) as folder:
                 parts[name] = tokenizer_in(folder)
     for entry in bundle.manifest.components:
-        if not entry.role.startswith("vae"):
+        if not entry.role.startswith(("vae", "controlnet")):
             config, engine = bundle.json(entry.config), partial(loaded.engine, entry.name)
             parts[entry.name] = adapter_of(entry.role, entry.wrapper)(config, engine)
+    if controls:
+        nets = [
+            ControlNetAdapter(
+                bundle.json(bundle.manifest.named(name).config), partial(loaded.engine, name)
+            )
+            for name in controls
+        ]
+        parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     parts["vae"] = VaeAdapter(
         bundle.json(bundle.manifest.component("vae_decoder").config),
         encoder=partial(loaded.engine, "vae_encoder"),

@@ -69,6 +69,10 @@ class PromptCache:
             self._found.popitem(last=False)
         return found
 
+    def clear(self) -> None:
+        """Forget all: the text encoders have changed."""
+        self._found.clear()
+
 
 def prompts_of(pipeline: Any, prompt: str, negative: str, *, clip_skip: int | None) -> Prompts:
     """Both prompts, encoded once for a loaded bundle: see `_encoded`."""

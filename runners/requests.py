@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from profiles.errors import SpecError
+from runners.control_options import Control
+from runners.control_tasks import control_task
+from runners.lora_choices import LoraChoice
 from runners.signature import Dim
 from runners.weighting import weighted
 
@@ -53,10 +56,19 @@ class Request:
     """How much of `image` is noise at first: 0 is none, 1 is all."""
     clip_skip: int | None = None
     """1 is the text encoder's last layer, 2 the one before: A1111's numbers."""
+    loras: tuple[LoraChoice, ...] = ()
+    """Drawn with these, and no others."""
+
+    controls: tuple[Control, ...] = ()
+    """Control images, each for a network of the bundle."""
 
     @property
     def task(self) -> str:
-        """The task of runners.pipeline.TASKS that draws it."""
+        """The task of runners.pipeline.TASKS, or with controls of CONTROL_TASKS, that draws it."""
+        return control_task(self._plain_task) if self.controls else self._plain_task
+
+    @property
+    def _plain_task(self) -> str:
         if self.mask is not None or self.outpaint is not None:
             return "inpaint"
         return "text-to-image" if self.image is None else "img2img"

@@ -25,7 +25,7 @@ class OpenEngines:
 
     def __init__(
         self,
-        made: Callable[[ComponentEntry], Engine],
+        made: Callable[[ComponentEntry, str], Engine],
         *,
         residency: Residency,
         checked: Callable[[ComponentEntry, Engine], None],
@@ -37,27 +37,33 @@ class OpenEngines:
         self.residency: Residency = residency
         self._made, self._checked, self._released = made, checked, released
         self._engines: dict[str, Engine] = {}
+        self._forms: dict[str, str] = {}
         self._stack = ExitStack()
         self._stage = ""
 
-    def open(self, entry: ComponentEntry) -> Engine:
-        """The component's engine; one at a time, those of other stages are closed first.
+    def open(self, entry: ComponentEntry, form: str = "") -> Engine:
+        """The component's engine, or that of a form of it; one at a time, those of other stages are
+        closed first, and another form of the same component.
 
         Nothing stays open where that fails.
         """
-        if entry.name in self._engines:
-            return self._engines[entry.name]
+        name = entry.name
+        if name in self._engines and self._forms[name] != form:
+            self._engines.pop(name).close()
+        if name in self._engines:
+            return self._engines[name]
         stage = _stage(entry)
         if self.residency == "sequential" and stage != self._stage:
             self.close()
         self._stage = stage
         try:
-            self._engines[entry.name] = self._stack.enter_context(self._made(entry))
-            self._checked(entry, self._engines[entry.name])
+            self._engines[name] = self._stack.enter_context(self._made(entry, form))
+            self._forms[name] = form
+            self._checked(entry, self._engines[name])
         except KilnError:
             self.close()
             raise
-        return self._engines[entry.name]
+        return self._engines[name]
 
     def close(self) -> None:
         """Close all engines; their memory goes back to the system."""

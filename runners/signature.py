@@ -29,11 +29,17 @@ class Dim(BaseModel):
     """The value that matters most; engines that tune for one shape tune for this."""
     max: int
     multiple_of: int = 1
+    of: str | None = None
+    """A dim that this one follows from: it is the `per`-th part of that, rounded up."""
+    per: int = 1
+    free: bool = False
+    """Whether each array has a value of its own, which may be 0: the ranks of low-rank inputs."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"dim {self.name}: needs 1 <= min <= opt <= max")
+        least = 0 if self.free else 1
+        if not least <= self.min <= self.opt <= self.max:
+            raise ValueError(f"dim {self.name}: needs {least} <= min <= opt <= max")
         if self.multiple_of < 1 or self.max // self.multiple_of * self.multiple_of < self.min:
             raise ValueError(f"dim {self.name}: no value from min to max is legal")
         return self
@@ -48,6 +54,10 @@ class Dim(BaseModel):
         low, high = -(-self.min // step) * step, self.max // step * step
         rounded = (value + step // 2) // step * step
         return max(low, min(high, rounded))
+
+    def following(self, values: Mapping[str, int]) -> int:
+        """The value that follows from those of other dims; its own where it follows from none."""
+        return values[self.name] if self.of is None else -(-values[self.of] // self.per)
 
     @property
     def fixed(self) -> bool:
@@ -91,6 +101,11 @@ class Signature(BaseModel):
         """The dim called `name`; KeyError where the signature has none."""
         return {dim.name: dim for dim in self.dims}[name]
 
+    @property
+    def free(self) -> frozenset[str]:
+        """The dims of which each array has a value of its own."""
+        return frozenset(dim.name for dim in self.dims if dim.free)
+
     def check(self, feeds: Mapping[str, Any]) -> dict[str, int]:
         """Compare arrays with the signature and return the value of every dim.
 
@@ -100,29 +115,39 @@ class Signature(BaseModel):
         if set(feeds) != set(expected):
             raise SpecError(f"The engine takes the inputs {expected}, and got {sorted(feeds)}.")
         values: dict[str, int] = {}
+        dims = {dim.name: dim for dim in self.dims}
         for spec in self.inputs:
-            self._check_one(spec, feeds[spec.name], values)
+            _check_one(spec, feeds[spec.name], values, dims)
+        for dim in self.dims:
+            if dim.of is not None and values[dim.name] != dim.following(values):
+                raise SpecError(
+                    f"The engine's {dim.name} is {values[dim.name]}, and {dim.following(values)} "
+                    f"follows from {dim.of} {values[dim.of]}."
+                )
         return values
 
-    def _check_one(self, spec: TensorSpec, array: Any, values: dict[str, int]) -> None:
-        dtype = str(array.dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
-            raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
-        if len(array.shape) != len(spec.axes):
+
+def _check_one(
+    spec: TensorSpec, array: Any, values: dict[str, int], dims: Mapping[str, Dim]
+) -> None:
+    dtype = str(array.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
+    if len(array.shape) != len(spec.axes):
+        raise SpecError(
+            f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "
+            f"{len(spec.axes)}: {list(spec.axes)}."
+        )
+    for axis, size in zip(spec.axes, array.shape, strict=True):
+        if isinstance(axis, int):
+            if size != axis:
+                raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
+            continue
+        dim = dims[axis]
+        if not dim.free and values.setdefault(axis, size) != size:
+            raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
+        if not dim.legal(size):
             raise SpecError(
-                f"Input {spec.name} has {len(array.shape)} axes, and the engine takes "
-                f"{len(spec.axes)}: {list(spec.axes)}."
+                f"Input {spec.name} has {axis} {size}, and the engine was compiled for "
+                f"{dim.describe()}: use {dim.nearest(size)}, or compile with a wider range."
             )
-        for axis, size in zip(spec.axes, array.shape, strict=True):
-            if isinstance(axis, int):
-                if size != axis:
-                    raise SpecError(f"Input {spec.name} needs {axis} where it has {size}.")
-                continue
-            if values.setdefault(axis, size) != size:
-                raise SpecError(f"Input {spec.name} has {axis} {size}; others have {values[axis]}.")
-            dim = self.dim(axis)
-            if not dim.legal(size):
-                raise SpecError(
-                    f"Input {spec.name} has {axis} {size}, and the engine was compiled for "
-                    f"{dim.describe()}: use {dim.nearest(size)}, or compile with a wider range."
-                )

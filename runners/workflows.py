@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from profiles.errors import SpecError
+from runners.control_images import Controls, controls_of
 from runners.drawing import Drawing, drawing_of
 from runners.ladder import Ladder
 from runners.requests import Request
@@ -27,30 +28,40 @@ def pictures(
     request: Request,
     *,
     drawing: Drawing | None = None,
+    controls: Controls | None = None,
     on_step: OnStep | None = None,
     say: Callable[[str], None] | None = None,
     ladder: Ladder | None = None,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Draw the request: (PIL image, its facts), one by one.
 
-    `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` where that was
-    called already; `say` gets a sentence for whatever is fitted or cut. The noise of every picture
-    is drawn on the CPU from its own seed, so a seed means the same picture in any batch and on any
-    machine. Where memory runs out, `ladder` (default: none) has the ways that are tried instead.
-    Raises SpecError for what can't be drawn, with the nearest that can, OutOfMemory where no way
-    is left; pictures that were given before are whole.
+    `pipeline` is of the request's task; `drawing` is `drawing_of(request, manifest)` and `controls`
+    the same of `controls_of`, where they were called already; `say` gets a sentence for whatever is
+    fitted or cut. The noise of every picture is drawn on the CPU from its own seed, so a seed means
+    the same picture in any batch and on any machine. Where memory runs out, `ladder` (default:
+    none) has the ways that are tried instead. Raises SpecError for what can't be drawn, with the
+    nearest that can, OutOfMemory where no way is left; pictures that were given before are whole.
     """
+    from runners.lora_adapters import use_loras
     from runners.prompting import prompts_of
 
     if request.scheduler is not None:
         with_scheduler(pipeline, request.scheduler)
-    drawing = drawing or drawing_of(request, pipeline.kiln.manifest)
+    manifest = pipeline.kiln.manifest
+    drawing = drawing or drawing_of(request, manifest)
+    controls = controls or controls_of(request.controls, manifest, drawing)
+    lora_facts = use_loras(pipeline, request.loras)
     settings = _settings(pipeline, request, drawing)
     ladder = ladder or Ladder.of(pipeline, request.batch)
     texts = request.prompt, request.negative_prompt
     encode = partial(prompts_of, pipeline, *texts, clip_skip=request.clip_skip)
     prompts = ladder.run(pipeline, encode, say)
-    for note in (*drawing.notes, *prompts.notes, *_notes(pipeline, request, settings)):
+    for note in (
+        *drawing.notes,
+        *controls.notes,
+        *prompts.notes,
+        *_notes(pipeline, request, settings),
+    ):
         if say is not None:
             say(note)
     cell = pipeline.vae_scale_factor
@@ -63,15 +74,17 @@ def pictures(
         drawn = pipeline(
             **prompts.arguments(count),
             **drawing.arguments(count, cell=cell),
+            **controls.arguments(request.task),
             **settings,
             generator=_generators(seeds),
             callback_on_step_end=on_step,
         ).images
         return list(zip(drawn, seeds, strict=True))
 
+    own_facts = {**drawing.facts, **controls.facts, **prompts.facts, **lora_facts}
     while first < request.count:
         made = ladder.run(pipeline, draw, say)
-        facts = {**_facts(pipeline, request, settings), **drawing.facts, **prompts.facts}
+        facts = {**_facts(pipeline, request, settings), **own_facts}
         facts["way"] = asdict(ladder.way)
         for image, own in made:
             result = drawing.finished(image, cell=cell)

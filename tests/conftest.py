@@ -85,8 +85,8 @@ def taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBundle:
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
-    `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place. Not to be
-    changed: copy it first.
+    `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place, `controlnets`
+    are beside it; `lora` says whether its engines take LoRAs. Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -97,23 +97,29 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         target: str | None = None,
         model: Path | None = None,
         vae: Path | None = None,
+        controlnets: tuple[Path, ...] = (),
+        *,
+        lora: bool = False,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
         from runners.console import Console
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}"
+        name = "-".join([name, *(path.name for path in controlnets)])
+        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
                     "model": str(model or tiny_model),
                     "vae": None if vae is None else str(vae),
+                    "controlnets": tuple(map(str, controlnets)),
                     "backend": backend,
                     "quant": quant.split(",")[0],
                     "variants": quant.split(",")[1:],
                     "dtype": dtype,
                     "target": target,
+                    "lora": lora,
                     **SETTINGS,
                 }
             )

@@ -12,6 +12,7 @@ __all__ = [
     "TINY",
     "TINY_TOKENS",
     "tiny_autoencoder",
+    "tiny_controlnet",
     "tiny_flux",
     "tiny_lcm",
     "tiny_refiner",
@@ -183,6 +184,25 @@ def tiny_taesd(folder: Path, *, seed: int = 2, **more: Any) -> Path:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.mul_(1.7)  # else random layers fade, and pictures are flat
+        return module
+
+    return _saved(make, folder, seed)
+
+
+def tiny_controlnet(folder: Path, model: Path, *, seed: int = 3, **more: Any) -> Path:
+    """A ControlNetModel for the tiny pipeline in `model`, all of whose weights do something."""
+
+    def make() -> Any:
+        import torch
+        from diffusers import ControlNetModel, UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(model / "unet")
+        settings = {"conditioning_embedding_out_channels": (8, 16, 16), **more}
+        module = ControlNetModel.from_unet(unet, **settings)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if not parameter.any():  # the convolutions at its ends
+                    parameter.normal_(0, 0.1)
         return module
 
     return _saved(make, folder, seed)

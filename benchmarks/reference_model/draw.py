@@ -35,12 +35,47 @@ def draw_scene(scene: Scene, seed: int) -> NDArray[np.uint8]:
     picture = _BACKGROUNDS[scene.background.kind](scene.background, rng)
     for thing in scene.things:
         _paint(picture, thing, rng)
+    return _pixels(picture)
+
+
+def draw_before(scene: Scene, seed: int, ground: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Return the things of `draw_scene`, where it paints them, before one colour."""
+    rng = _past_background(scene, seed)
+    picture = np.tile(np.asarray(ground, np.float32), (SIDE, SIDE, 1))
+    for thing in scene.things:
+        _paint(picture, thing, rng)
+    return _pixels(picture)
+
+
+def draw_coverage(scene: Scene, seed: int) -> Floats:
+    """Return how much of each pixel the things of `draw_scene` cover, [64, 64] in 0..1."""
+    rng = _past_background(scene, seed)
+    covered = np.zeros((SIDE, SIDE), np.float32)
+    for thing in scene.things:
+        area, crop, body, _ = _placed(thing, rng)
+        covered[area] = np.maximum(covered[area], body[crop])
+    return covered
+
+
+def _past_background(scene: Scene, seed: int) -> np.random.Generator:
+    """The generator as `draw_scene` has it when the background is done."""
+    rng = np.random.default_rng(seed)
+    _BACKGROUNDS[scene.background.kind](scene.background, rng)
+    return rng
+
+
+def _pixels(picture: Floats) -> NDArray[np.uint8]:
     pixels: NDArray[np.uint8] = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
     return pixels
 
 
-def _paint(picture: Floats, thing: Thing, rng: np.random.Generator) -> None:
-    """Blend a thing into the picture [64, 64, 3], displaced by up to one pixel each way."""
+Area = tuple[slice, slice]
+
+
+def _placed(thing: Thing, rng: np.random.Generator) -> tuple[Area, Area, Floats, Floats]:
+    """Where a thing lies in the picture, displaced by up to one pixel each way: the picture's area,
+    that area within its masks, and the masks of the shape and of its core.
+    """
     shift = rng.integers(-_JITTER_HALVES, _JITTER_HALVES + 1, size=2)
     top2 = int(2 * CENTRES[thing.cell // 3] + shift[0]) - _PATCH
     left2 = int(2 * CENTRES[thing.cell % 3] + shift[1]) - _PATCH
@@ -49,12 +84,24 @@ def _paint(picture: Floats, thing: Thing, rng: np.random.Generator) -> None:
     rows = slice(max(0, top), min(SIDE, top + _PATCH + 1))
     columns = slice(max(0, left), min(SIDE, left + _PATCH + 1))
     crop = np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return (rows, columns), crop, body, core
+
+
+def _paint(picture: Floats, thing: Thing, rng: np.random.Generator) -> None:
+    """Blend a thing into the picture [64, 64, 3]."""
+    area, crop, body, core = _placed(thing, rng)
     colour = np.asarray(RGB[thing.colour], np.float32)
-    edge = colour * 0.62 if thing.colour != "black" else colour + 50
+    edge = edge_of(thing.colour)
     light = np.linspace(1.05, 0.93, _PATCH + 1, dtype=np.float32)[:, None, None]
     paint = edge + (np.minimum(colour * light, 255) - edge) * core[..., None]
-    area = picture[rows, columns]
-    area += (paint[crop] - area) * body[crop][..., None]
+    picture[area] += (paint[crop] - picture[area]) * body[crop][..., None]
+
+
+def edge_of(colour: str) -> Floats:
+    """The RGB [3] of the edge of things of this colour: darker, but for black."""
+    rgb = np.asarray(RGB[colour], np.float32)
+    edge: Floats = rgb * 0.62 if colour != "black" else rgb + 50
+    return edge
 
 
 @lru_cache(maxsize=256)

@@ -83,6 +83,8 @@ class Backend:
     """Formats whose weights become fp32 when an engine opens."""
     layer_bytes: int = 0
     """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
+    forms: bool = True
+    """Whether it builds a component's further graphs over the same weights (optimizer.forms)."""
     runs: Runs = field(kw_only=True)
 
 
@@ -142,6 +144,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            forms=False,
             runs=Runs(
                 "exact",  # engines don't survive a release (FACTS.md)
                 only=(("Linux", "Windows"), ("x86_64",)),  # the support matrix; portable over both
@@ -164,6 +167,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
+            forms=False,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -218,6 +222,12 @@ class Builder(Protocol):
 
     def build(self, source: Path, out: Path, how: How, progress: Progress) -> Built:
         """Turn the files in `source` into an engine's files in `out`."""
+
+    def build_form(self, source: Path, out: Path, how: How, name: str) -> Built:
+        """The form `name` of the engine that `build` made in `out` from the same `source`.
+
+        Only of backends that have `forms`.
+        """
 
     def low_bit_layers(self, engine: Any) -> int | None:
         """How many linears and convolutions the open engine runs in 8 bits or fewer, if known."""

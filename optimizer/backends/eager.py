@@ -8,17 +8,33 @@ from typing import Any
 
 from optimizer.backends import Built, How
 from optimizer.progress import Progress
+from runners.control_tasks import CONTROL
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["build", "build_form", "low_bit_layers"]
+
+
+_FILES = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
 
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Copy config, layer table and weights into `out`."""
-    files = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
-    for name in files.values():
+    for name in _FILES.values():
         shutil.copyfile(source / name, out / name)
-    dtype = {"fp32": "f32"}.get(how.dtype, how.dtype)
-    return Built(files=files, properties={"wrapper": how.wrapper, "dtype": dtype})
+    return Built(files=dict(_FILES), properties=_properties(how, how.wrapper))
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Copy what the form needs beside the plain engine's files: a module needs no other graph."""
+    wanted, own = name.split("+"), {}
+    if "lora" in wanted:
+        own["lora"] = "lora.safetensors"
+        shutil.copyfile(source / own["lora"], out / own["lora"])
+    wrapper = f"{how.wrapper}_{CONTROL}" if CONTROL in wanted else how.wrapper
+    return Built(files={**_FILES, **own}, properties=_properties(how, wrapper))
+
+
+def _properties(how: How, wrapper: str) -> dict[str, str | int | float | bool]:
+    return {"wrapper": wrapper, "dtype": {"fp32": "f32"}.get(how.dtype, how.dtype)}
 
 
 def low_bit_layers(engine: Any) -> int:  # noqa: ARG001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from optimizer.backends import Built, How
+from optimizer.backends.openvino_weights import share_weights
+from optimizer.forms import form_graph
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 
-__all__ = ["FILES", "build", "low_bit_layers", "properties", "save"]
+__all__ = ["FILES", "build", "build_form", "low_bit_layers", "properties", "save"]
 
 FILES = {"graph": "graph.xml.gz", "weights": "weights.bin"}
 """What a file is to the engine -> its name."""
@@ -28,14 +31,35 @@ _LOW = {"i8", "u8", "i4", "u4"}
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # noqa: ARG001
     """Write graph.xml.gz and weights.bin into `out`."""
+    save(_read(source / "model.onnx"), out, dtype=how.dtype)
+    return Built(files=dict(FILES), properties=properties(how.dtype, dynamic=how.dynamic))
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write NAME.xml.gz into `out`, over the plain engine's constants."""
+    graph = f"{name}.xml.gz"
+    with TemporaryDirectory(dir=out) as folder:
+        own = Path(folder)
+        save(_read(source / form_graph(name)), own, dtype=how.dtype)
+        shared = share_weights(
+            gzip.decompress((own / FILES["graph"]).read_bytes()),
+            own / FILES["weights"],
+            gzip.decompress((out / FILES["graph"]).read_bytes()),
+            out / FILES["weights"],
+        )
+    (out / graph).write_bytes(gzip.compress(shared, mtime=0))
+    return Built(
+        files={**FILES, "graph": graph}, properties=properties(how.dtype, dynamic=how.dynamic)
+    )
+
+
+def _read(path: Path) -> ov.Model:
     try:
-        model = ov.Core().read_model(source / "model.onnx")
+        return ov.Core().read_model(path)
     except RuntimeError as error:
         raise BuildError(
             f"OpenVINO can't read the exported graph: {str(error).splitlines()[0]}", log=str(error)
         ) from error
-    save(model, out, dtype=how.dtype)
-    return Built(files=dict(FILES), properties=properties(how.dtype, dynamic=how.dynamic))
 
 
 def save(model: ov.Model, out: Path, *, dtype: str) -> None:

@@ -62,6 +62,8 @@ def quantized_layers(
     for name, scheme in schemes.items():
         layer, one = layers[name], smooth.get(name)
         found[name] = _quantized(name, layer, scheme, statistics, solver, one, gain.get(name))
+        # what is added beside a layer must be brought to its scale (optimizer.lora_graph)
+        _keep_factors(found[name], None if one is None else one.multiplier, gain.get(name))
         on_layer()
     return found
 
@@ -85,7 +87,13 @@ def _fold(
             found[name] = gain
         else:
             _multiply_outputs(root.get_submodule(name), gain)
+            _keep_factors(root.get_submodule(name), None, gain)
     return found
+
+
+def _keep_factors(layer: nn.Module, before: Tensor | None, after: Tensor | None) -> None:
+    """Note on the layer what its input and its output are multiplied with, for low-rank parts."""
+    layer.__dict__["input_factor"], layer.__dict__["output_factor"] = before, after
 
 
 def _multiply_outputs(layer: nn.Module, gain: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from profiles.errors import BundleError, SpecError
 from runners.engines.base import Array, Buffer, Engine
+from runners.low_rank import LowRank
 from runners.modules import WRAPPERS, component_from_config
 from runners.nf4 import Nf4Layer
 from runners.quantized import (
@@ -32,6 +33,9 @@ _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 class EagerEngine(Engine):
     """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `wrapper`, `dtype`.
 
+    With a file `lora`, which holds what quantizing multiplied layers' ends with, it takes low-rank
+    inputs as well.
+
     Raises MissingError for NF4 layers without bitsandbytes.
     """
 
@@ -48,19 +52,21 @@ class EagerEngine(Engine):
             raise BundleError(f"torch can't open the engine: {error}.") from error
         self._module = wrapper(component).to(dtype)
         self._dtype = dtype
+        self._low_rank = LowRank(component, self.signature, self.files.get("lora"))
         torch.set_num_threads(self.threads)
         self._same("dtype", dtype, next(self._module.parameters()).dtype)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        tensors = [torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs]
-        cast = [t.to(self._dtype) if t.is_floating_point() else t for t in tensors]
-        outputs = self._module(*cast)
+        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        names = self._low_rank.take(cast, [spec.name for spec in self.signature.inputs])
+        outputs = self._module(*(cast[name] for name in names))
         specs = self.signature.outputs
         return {s.name: t.float().numpy() for s, t in zip(specs, outputs, strict=True)}
 
     def _close(self) -> None:
-        del self._module
+        del self._module, self._low_rank
 
 
 def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

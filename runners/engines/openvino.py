@@ -49,11 +49,22 @@ class OpenVinoEngine(Engine):
         self._compiled: OrderedDict[tuple[Any, ...], ov.InferRequest] = OrderedDict()
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        request = self._request({name: array.shape for name, array in feeds.items()})
+        request = self._request(self._shapes(feeds))
         request.infer(feeds, share_inputs=True, share_outputs=True)
         return {
             spec.name: np.array(request.get_output_tensor(i).data)
             for i, spec in enumerate(self.signature.outputs)
+        }
+
+    def _shapes(self, feeds: dict[str, Array]) -> dict[str, tuple[int, ...]]:
+        """What is compiled for; -1 where a free dim is, which changes at no cost."""
+        free = self.signature.free
+        return {
+            spec.name: tuple(
+                -1 if axis in free else size
+                for axis, size in zip(spec.axes, feeds[spec.name].shape, strict=True)
+            )
+            for spec in self.signature.inputs
         }
 
     def _request(self, shapes: dict[str, tuple[int, ...]]) -> ov.InferRequest:

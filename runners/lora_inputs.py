@@ -1,0 +1,60 @@
+"""The low-rank inputs of an engine's "lora" form: names and shapes, and the layers they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runners.signature import Dim, Signature, TensorSpec
+
+__all__ = ["MOST_RANK", "Target", "lora_inputs", "lora_targets", "with_lora"]
+
+MOST_RANK = 4096
+"""Of all LoRAs together; a layer's own width is the most that makes a difference."""
+
+_RANK = "rank"
+_DOWN, _UP = ".lora_A", ".lora_B"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that takes low-rank parts."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...] = ()
+    """Height and width of a convolution's kernel; empty: a linear."""
+
+
+def lora_inputs(targets: Mapping[str, Target]) -> list[TensorSpec]:
+    """Two a layer, in order: A [in, rank(, height, width)] and B [rank, out]."""
+    found = []
+    for name, target in targets.items():
+        down = (target.inputs, _RANK, *target.kernel)
+        found.append(TensorSpec(name=f"{name}{_DOWN}", dtype="float32", axes=down))
+        up = (_RANK, target.outputs)
+        found.append(TensorSpec(name=f"{name}{_UP}", dtype="float32", axes=up))
+    return found
+
+
+def with_lora(signature: Signature, targets: Mapping[str, Target]) -> Signature:
+    """The signature, and the inputs of all targets; ranks are free."""
+    rank = Dim(name=_RANK, min=0, opt=0, max=MOST_RANK, free=True)
+    return Signature(
+        inputs=(*signature.inputs, *lora_inputs(targets)),
+        outputs=signature.outputs,
+        dims=(*signature.dims, rank),
+    )
+
+
+def lora_targets(signature: Signature) -> dict[str, Target]:
+    """The layers that an engine of this signature has low-rank inputs for."""
+    axes = {spec.name: spec.axes for spec in signature.inputs}
+    found = {}
+    for name, down in axes.items():
+        layer = name.removesuffix(_DOWN)
+        up = axes.get(f"{layer}{_UP}")
+        if layer != name and up is not None:
+            kernel = tuple(side for side in down[2:] if isinstance(side, int))
+            found[layer] = Target(int(down[0]), int(up[1]), kernel)
+    return found

@@ -66,8 +66,8 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
         raise SpecError(f"{model} has no {missing[0]}/config.json: download the model again.")
     require_known(configs["vae"], where=f"the VAE of {model}")
     known, chosen = known.of(configs), _backend(facts, backend)
-    dtype = profiles.match(facts).dtype if chosen.device == "cpu" else "fp16"
-    float_bytes = 4 if (dtype if dtype in chosen.dtypes else chosen.dtypes[0]) == "fp32" else 2
+    dtype: str = profiles.match(facts).dtype if chosen.device == "cpu" else "fp16"
+    dtype = dtype if dtype in chosen.dtypes else chosen.dtypes[0]
     try:
         outlines = known.outlines({name: one.document for name, one in configs.items()})
         native, step = known.native_size(configs), known.size_step(configs)
@@ -80,7 +80,7 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
         name=model,
         family=known.name,
         device="card" if chosen.device == "gpu" else "processor",
-        parts=parts_of_model(known, outlines, chosen, float_bytes=float_bytes, native=native),
+        parts=parts_of_model(known, outlines, chosen, dtype=dtype, native=native),
         side=Dim(name="side", min=step, opt=native, max=_SIDE_MAX // step * step, multiple_of=step),
         native=native,
         batch_max=None,
@@ -95,7 +95,7 @@ def parts_of_model(
     outlines: Mapping[str, Outline],
     backend: Backend,
     *,
-    float_bytes: int,
+    dtype: str,
     native: int,
 ) -> Parts:
     """The parts of a model that is compiled for `backend`, its denoiser at each level that the
@@ -103,7 +103,7 @@ def parts_of_model(
     """
 
     def part(name: str, level: str = "none") -> PartMemory:
-        return _part(outlines[name], level, backend, float_bytes)
+        return _part(outlines[name], level, backend, dtype)
 
     names: dict[str, list[str]] = {}
     for spec in known.components:
@@ -119,10 +119,11 @@ def parts_of_model(
     )
 
 
-def _part(outline: Outline, level: str, backend: Backend, float_bytes: int) -> PartMemory:
+def _part(outline: Outline, level: str, backend: Backend, dtype: str) -> PartMemory:
     counted, (form, bytes_each) = outline.counted, _LEVELS[level]
+    float_bytes = 4 if dtype == "fp32" else 2
     floats = counted.parameters - (counted.in_layers if level != "none" else 0)
-    resident = float(floats * float_bytes * backend.float_copies)
+    resident = floats * backend.weight_bytes.get(dtype, float_bytes)
     if level != "none":
         expanded = _FLOAT if form in backend.expands else 0
         resident += counted.in_layers * (bytes_each * backend.low_bit_copies + expanded)

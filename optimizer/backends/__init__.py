@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -73,11 +74,11 @@ class Backend:
     """And as many more where inputs are rounded."""
     build_memory: float = 0.0
     """Peak while building, as a multiple of the engine's bytes; 0: no more than the export."""
-    float_copies: float = 1.0
-    """Copies of a float weight that an open engine holds: what it reads, and as its kernels want
-    it."""
+    weight_bytes: Mapping[str, float] = field(default_factory=dict)
+    """Compute dtype -> bytes that an open engine holds for a float weight, what it reads and what
+    its kernels want of it together; what isn't named takes its own size."""
     low_bit_copies: float = 1.0
-    """And of a quantized one."""
+    """Copies of a quantized weight that it holds."""
     expands: frozenset[str] = frozenset()
     """Formats whose weights become fp32 when an engine opens."""
     layer_bytes: int = 0
@@ -103,9 +104,12 @@ BACKENDS: dict[str, Backend] = {
             "optimizer.backends.openvino",
             _INTEGERS | {"w4a16-dynamic"},
             frozenset({("w8a8", 2), ("w8a8", 4)}),
-            float_copies=2.0,  # a half-width UNet in bf16: 5.4 bytes a weight, activations too
-            low_bit_copies=1.0,  # the same in int8: 1.25
-            expands=frozenset({"w4a16", "w4a16-zero-points", "w8a16"}),  # in int4: 4.4 (FACTS.md)
+            # 32 linears of 134 M weights: fp32 8.1 bytes; fp16 (how bf16 is stored) widened and
+            # repacked 8.1; int8 2.1 to 2.2. Convolutions of 4 bits, or 8 alone, expand: a small
+            # UNet took 4.4 (FACTS.md)
+            weight_bytes={"fp32": 8.1, "bf16": 8.1},
+            low_bit_copies=2.1,
+            expands=frozenset({"w4a16", "w4a16-zero-points", "w8a16"}),
             layer_bytes=700_000,  # the reference model's engines: 114, 27 and 13 MB
             runs=Runs("minimum"),  # IR version 11 is read by every later release (so far)
         ),
@@ -118,7 +122,7 @@ BACKENDS: dict[str, Backend] = {
             _INTEGERS,
             frozenset({("w4a16", 2), ("w4a16-zero-points", 2), ("w8a8", 2), ("w8a8", 4)}),
             attention="blocks",
-            float_copies=2.0,  # the file in memory, and packed for its kernels
+            weight_bytes={"fp32": 8.0},  # the file in memory, and packed for its kernels
             low_bit_copies=2.0,
             runs=Runs("minimum"),  # an older one may lack an operator, or run it otherwise
         ),
@@ -169,7 +173,7 @@ BACKENDS: dict[str, Backend] = {
             "torch",
             "optimizer.backends.eager",
             _INTEGERS | _FLOATS,
-            float_copies=2.0,  # the file, and the module's own
+            weight_bytes={"fp32": 8.0, "bf16": 4.0},  # the file, and the module's own
             low_bit_copies=2.0,
             runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take
         ),

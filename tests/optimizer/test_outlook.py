@@ -46,7 +46,8 @@ def plan(facts: Facts, family: str) -> str:
     try:
         row = choose(rows(outlook.parts, outlook.asked(side, side, 1)), budget.bytes)
     except OutOfMemory as error:
-        return said + "nothing fits, " + str(error).partition("(")[2].partition(".")[0] + " GiB"
+        least = str(error).partition("the smallest ")[2].partition(". Free")[0]
+        return f"{said}nothing fits: {least}"
     return said + f"{row.way.describe()}, {gib(row.peak_bytes)}"
 
 

@@ -66,7 +66,7 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
         raise SpecError(f"{model} has no {missing[0]}/config.json: download the model again.")
     require_known(configs["vae"], where=f"the VAE of {model}")
     known, chosen = known.of(configs), _backend(facts, backend)
-    dtype = profiles.match(facts).dtype if chosen.device == "cpu" else "fp16"
+    dtype: str = profiles.match(facts).dtype if chosen.device == "cpu" else "fp16"
     dtype = dtype if dtype in chosen.dtypes else chosen.dtypes[0]
     try:
         outlines = known.outlines({name: one.document for name, one in configs.items()})

@@ -203,8 +203,8 @@ def rows(
 ) -> tuple[Row, ...]:
     """All ways to draw what is asked, best first, or those with what the keywords say.
 
-    Quality first (the order of the variants), then speed: parts kept before sequential, whole
-    pictures before tiles, large batches before small ones. There are none where the keywords
+    Quality first (the order of the variants, whole pictures before tiles), then speed: parts kept
+    before sequential, large batches before small ones. There are none where the keywords
     contradict the bundle: no such variant, or a picture that is no larger than a tile.
     """
     return tuple(
@@ -291,15 +291,19 @@ def gib(size: int) -> str:
 
 
 def ways(variants: tuple[str, ...], asked: Asked, tile: int) -> Iterator[Way]:
-    """All ways to draw what is asked, best first; `tile` is the side of the VAE's tiles."""
+    """All ways to draw what is asked, best first; `tile` is the side of the VAE's tiles.
+
+    Tiles change a picture (each is normed, and attends, by itself), so they come after everything
+    that doesn't.
+    """
     batches = [asked.batch]
     while batches[-1] > 1:
         batches.append(-(-batches[-1] // 2))
     residencies: tuple[Residency, ...] = ("keep", "sequential")
     tiles = (False, True) if max(asked.width, asked.height) > tile else (False,)
     for variant in variants:
-        for residency in residencies:
-            for tiled in tiles:
+        for tiled in tiles:
+            for residency in residencies:
                 for batch in batches:
                     yield Way(variant, residency, tiled, batch)
 

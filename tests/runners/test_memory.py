@@ -52,8 +52,8 @@ def test_rows_are_ordered_by_quality_then_speed() -> None:
     assert [(row.way.variant, row.way.residency, row.way.tiled) for row in found[::3]] == [
         (variant, residency, tiled)
         for variant in ("none", "int8")
-        for residency in ("keep", "sequential")
         for tiled in (False, True)
+        for residency in ("keep", "sequential")
     ]
     assert [row.way.batch for row in found[:3]] == [4, 2, 1]
 
@@ -81,8 +81,16 @@ def test_kept_parts_add_up_and_sequential_ones_do_not() -> None:
 
 def test_files_in_memory_count_in_every_stage() -> None:
     held = replace(PARTS, encoder=part(200, 4.0, held=77))
-    for before, after in zip(rows(PARTS, ASKED), rows(held, ASKED), strict=True):
+    kept = (rows(parts, ASKED, residency="keep") for parts in (PARTS, held))
+    for before, after in zip(*kept, strict=True):
         assert after.peak_bytes == before.peak_bytes + 77
+
+
+def test_files_of_one_part_at_a_time_are_there_while_it_is_open() -> None:
+    held = replace(PARTS, decoder=part(400, 4.0, held=77))
+    alone = (rows(parts, ASKED, residency="sequential")[0] for parts in (PARTS, held))
+    before, after = ({s.name: s.peak_bytes for s in row.stages} for row in alone)
+    assert after == {**before, "decoding": before["decoding"] + 77}
 
 
 def test_tiles_make_decoding_nearly_flat_in_the_picture() -> None:

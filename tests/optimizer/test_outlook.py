@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from optimizer.compile import plan_recipe
 from optimizer.families import FAMILIES
-from optimizer.outlook import model_outlook
+from optimizer.outlook import model_outlook, predicted_base, predicted_part
+from optimizer.recipe import checked
 from profiles.errors import OutOfMemory, SpecError
 from profiles.facts import Facts, load_facts
 from profiles.tiers import tier_for
@@ -174,3 +176,16 @@ def test_broken_configs_are_one_sentence(kiln: Kiln, tmp_path: Path) -> None:
     assert "no unet/config.json" in kiln("plan", str(folder), "--memory", "8GiB").sentence
     shutil.rmtree(folder / "vae")
     assert "no vae/config.json" in kiln("plan", str(folder), "--memory", "8GiB").sentence
+
+
+def test_engines_for_cards_that_are_not_here_carry_the_formulas(tiny_model: Path) -> None:
+    recipe = checked({"model": str(tiny_model), "target": "sm86"})
+    plan, _ = plan_recipe(recipe)
+    part = predicted_part(plan, plan.denoiser, 5_000_000)
+    assert part.source == "formula"
+    assert part.resident_bytes == 5_000_000
+    live = plan.family.outlines(
+        {name: plan.source.component_config(name) for name in ("text_encoder", "unet", "vae")}
+    )["unet"].live["pixels"]
+    assert part.stays["pixels"] == 2 * live  # fp16
+    assert predicted_base(plan.denoiser).base_bytes > 0

@@ -33,6 +33,7 @@ _HELP_RUNS = 9
             *("quantize", "analyze", "tensorrt", "install", "sdxl"),
             *("memory", "memory-full"),
             "attention",
+            *("lora", "lora-full-size"),
         ]
     ),
     multiple=True,
@@ -291,6 +292,20 @@ def _attention(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console)
 
 
+def _lora(_out: Path, console: Console) -> dict[str, Any]:
+    """LoRAs on the reference model's engines."""
+    from benchmarks.lora import measure
+
+    return measure(console, _watched)
+
+
+def _lora_full_size(_out: Path, console: Console) -> dict[str, Any]:
+    """LoRAs on a full-size Stable Diffusion 1.5, random weights."""
+    from benchmarks.lora import measure_full_size
+
+    return measure_full_size(console, _watched)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -304,6 +319,8 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "memory": _memory,
     "memory-full": _memory_full,
     "attention": _attention,
+    "lora": _lora,
+    "lora-full-size": _lora_full_size,
 }
 
 
@@ -376,4 +393,11 @@ def _text(document: dict[str, Any]) -> str:
             from benchmarks.memory import text
 
             lines += text(found, title)
+    for name in ("lora", "lora-full-size"):
+        if found := document.get(name):
+            lines.append(
+                f"{name}: swap {1000 * found['swap_seconds']:.0f} ms, first load "
+                f"{found['first_load_seconds']:.2f} s, a step with rank {found['ranks'][0]} at "
+                f"{found['speed_with_lora']:.2f}x of the speed without"
+            )
     return "\n".join(lines)

@@ -31,6 +31,7 @@ _HELP_RUNS = 9
         [
             *("startup", "compile", "reference", "full-size"),
             *("quantize", "analyze", "tensorrt", "install", "sdxl"),
+            *("lora", "lora-full-size"),
         ]
     ),
     multiple=True,
@@ -268,6 +269,20 @@ def _sdxl(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console, _watched)
 
 
+def _lora(_out: Path, console: Console) -> dict[str, Any]:
+    """LoRAs on the reference model's engines."""
+    from benchmarks.lora import measure
+
+    return measure(console, _watched)
+
+
+def _lora_full_size(_out: Path, console: Console) -> dict[str, Any]:
+    """LoRAs on a full-size Stable Diffusion 1.5, random weights."""
+    from benchmarks.lora import measure_full_size
+
+    return measure_full_size(console, _watched)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -278,6 +293,8 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "tensorrt": _tensorrt,
     "install": _install,
     "sdxl": _sdxl,
+    "lora": _lora,
+    "lora-full-size": _lora_full_size,
 }
 
 
@@ -340,5 +357,12 @@ def _text(document: dict[str, Any]) -> str:
                 f"  {name:<6}{row['seconds']:>7.0f} s, peak {row['peak_rss_bytes'] / 2**30:.1f} GiB"
                 f", denoiser {row['denoiser_bytes'] / 1e6:.0f} MB, {row['layers_low_bit']} of "
                 f"{row['layers']} layers on low-bit kernels, {row['sqnr_db']:.1f} dB"
+            )
+    for name in ("lora", "lora-full-size"):
+        if found := document.get(name):
+            lines.append(
+                f"{name}: swap {1000 * found['swap_seconds']:.0f} ms, first load "
+                f"{found['first_load_seconds']:.2f} s, a step with rank {found['ranks'][0]} at "
+                f"{found['speed_with_lora']:.2f}x of the speed without"
             )
     return "\n".join(lines)

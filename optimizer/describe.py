@@ -71,6 +71,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "fp32_bytes": 4 * job.parameters,
                 "layers_quantized": len(job.layers),
                 "layers_total": job.layers_total,
+                "forms": job.forms,
                 "checks": _checks(plan, job),
             }
             for job in plan.jobs
@@ -97,7 +98,7 @@ def plan_text(plan: Plan) -> str:
             f"{job.spec.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
-    lines += [_policy_line(plan), *_adapted(plan)]
+    lines += [_policy_line(plan), _lora_line(plan), *_adapted(plan)]
     total = sum(job.predicted_bytes for job in jobs)
     fp32 = sum(4 * job.parameters for job in jobs)
     runs = plan.calibration
@@ -181,6 +182,18 @@ def _autoencoder(plan: Plan) -> list[str]:
     lines = [] if vae is None else [f"vae {vae.name} ({vae.class_name}), not the model's own"]
     named = zip(plan.source.control_folders, plan.source.controls, strict=True)
     return lines + [f"{folder} {control.name} ({control.class_name})" for folder, control in named]
+
+
+def _lora_line(plan: Plan) -> str:
+    """Which engines will take LoRAs, or why none."""
+    names = [job.spec.name for job in plan.jobs if "lora" in job.forms]
+    if names:
+        return f"LoRA: a second graph over the same weights for {', '.join(names)}"
+    if not plan.recipe.lora:
+        return "LoRA: left out, as --no-lora says"
+    if plan.source.kind == "onnx":
+        return "LoRA: none, graphs that were exported elsewhere don't name their layers"
+    return f"LoRA: none, engines of {plan.denoiser.backend} don't take them yet"
 
 
 def _policy_line(plan: Plan) -> str:

@@ -67,6 +67,8 @@ def _text(manifest: Manifest) -> str:
             f"{entry.name:<14}{entry.backend:<13}{entry.quant:<7}{entry.dtype:<7}{layers:>15}"
             f"{entry.engine_bytes:>12}{entry.engine_bytes / entry.fp32_bytes:>8.2f}x{sqnr:>9}"
         )
+    if takers := [entry.name for entry in manifest.components if "lora" in entry.forms]:
+        lines.append(f"LoRA       taken by {', '.join(takers)}")
     lines += _built_for(manifest)
     lines.append(f"key        {manifest.key}")
     return "\n".join(lines)

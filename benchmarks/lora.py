@@ -1,0 +1,155 @@
+"""LoRAs on engines, measured: what loading, swapping and running with one costs, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_compile import Watched
+from runners.console import Console
+
+__all__ = ["measure", "measure_bundle", "measure_full_size"]
+
+_MODEL = Path(__file__).with_name("reference_model") / "model"
+_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
+"""What kohya's trainer changes of a UNet by default: all of its transformers."""
+
+_FULL_SIZE = ("--size-range", "256:512", "--calibration-size", "256", "--steps", "2")
+
+
+def measure(console: Console, watched: Watched) -> dict[str, Any]:
+    """The reference model in int8, LoRAs of rank 4 and 8."""
+    return _measured(console, watched, "reference model", _MODEL, (), (4, 8))
+
+
+def measure_full_size(console: Console, watched: Watched) -> dict[str, Any]:
+    """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32."""
+    from optimizer.worker import run_stage
+
+    with tempfile.TemporaryDirectory() as private:
+        model = Path(private) / "model"
+        model.mkdir()
+        with console.stage("Full-size Stable Diffusion 1.5: make weights") as stage:
+            run_stage("benchmarks.full_models:make_sd15", (model,), progress=stage.progress)
+        title = "full-size Stable Diffusion 1.5"
+        return _measured(console, watched, title, model, _FULL_SIZE, (32, 32))
+
+
+def _measured(
+    console: Console,
+    watched: Watched,
+    title: str,
+    model: Path,
+    options: tuple[str, ...],
+    ranks: tuple[int, int],
+) -> dict[str, Any]:
+    from optimizer.worker import run_stage
+
+    with tempfile.TemporaryDirectory() as private:
+        folder = Path(private)
+        command = [sys.executable, "-m", "runners.cli", "compile", str(model), "--quant", "int8"]
+        with console.stage(f"LoRA: compile the {title}"):
+            watched([*command, *options, "-o", str(folder / "bundle")], dict(os.environ))
+        with console.stage(f"LoRA: measure the {title}") as stage:
+            arguments = (folder / "bundle", ranks, folder)
+            run_stage("benchmarks.lora:measure_bundle", arguments, progress=stage.progress)
+        found: dict[str, Any] = json.loads((folder / "lora.json").read_text("utf-8"))
+    return found
+
+
+def measure_bundle(
+    bundle: Path,
+    ranks: tuple[int, int],
+    out: Path,
+    progress: Callable[[int, int], None],
+    rounds: int = 7,
+) -> None:
+    """Write lora.json: seconds of steps, plain and with a LoRA, and of changes between them.
+
+    A change is timed with the step after it, less a step: an engine gets ready when it is called.
+    """
+    import runners
+
+    pipeline = runners.load(bundle)
+    files = [_random_lora(pipeline, out / f"{i}.safetensors", rank) for i, rank in enumerate(ranks)]
+    step = _step(pipeline)
+    step()
+    plain = [_seconds(step) for _ in range(rounds)]
+    progress(1, 4)
+    loading = _seconds(lambda: (pipeline.load_lora_weights(files[0], "a"), step()))
+    lora = [_seconds(step) for _ in range(rounds)]
+    progress(2, 4)
+    adding = _seconds(lambda: (pipeline.load_lora_weights(files[1], "b"), step()))
+    swaps = [_seconds(partial(_swap, pipeline, name, step)) for name in "abababab"]
+    progress(3, 4)
+    leaving = _seconds(lambda: (pipeline.unload_lora_weights(), step()))
+    again = [_seconds(step) for _ in range(rounds)]
+    entry = pipeline.kiln.manifest.component("denoiser")
+    with_lora, without = statistics.median(lora), statistics.median([*plain, *again])
+    document = {
+        "backend": entry.backend,
+        "quant": entry.quant,
+        "dtype": entry.dtype,
+        "threads": pipeline.kiln.threads,
+        "ranks": ranks,
+        "lora_bytes": [file.stat().st_size for file in files],
+        "form_graph_bytes": pipeline.kiln.manifest.files[entry.forms["lora"].files["graph"]].size,
+        "plain_step_seconds": round(without, 4),
+        "lora_step_seconds": round(with_lora, 4),
+        "speed_with_lora": round(without / with_lora, 3),
+        "first_load_seconds": round(loading - with_lora, 3),
+        "second_load_seconds": round(adding - with_lora, 3),
+        "swap_seconds": round(statistics.median(swaps) - with_lora, 4),
+        "slowest_swap_seconds": round(max(swaps) - with_lora, 4),
+        "unload_seconds": round(leaving - without, 3),
+    }
+    (out / "lora.json").write_text(json.dumps(document), "utf-8")
+    pipeline.kiln.close()
+
+
+def _swap(pipeline: Any, name: str, step: Callable[[], Any]) -> None:
+    pipeline.set_adapters(name)
+    step()
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _step(pipeline: Any) -> Callable[[], Any]:
+    """One call of the denoiser at the native size, guidance included."""
+    import torch
+
+    config, side = pipeline.unet.config, pipeline.unet.config.sample_size
+    sample = torch.randn(2, config.in_channels, side, side)
+    tokens = pipeline.text_encoder.config.max_position_embeddings
+    text = torch.randn(2, tokens, config.cross_attention_dim)
+    return lambda: pipeline.unet(sample, torch.tensor(500.0), text)
+
+
+def _random_lora(pipeline: Any, path: Path, rank: int) -> Path:
+    import safetensors.torch
+    import torch
+
+    from runners.lora_inputs import lora_targets
+
+    entry = pipeline.kiln.manifest.component("denoiser")
+    tensors = {}
+    for name, target in lora_targets(entry.forms["lora"].signature).items():
+        if not name.endswith(_TARGETS):
+            continue
+        ones = [1] * len(target.kernel)
+        tensors[f"unet.{name}.lora_A.weight"] = torch.randn(rank, target.inputs, *ones) * 0.01
+        tensors[f"unet.{name}.lora_B.weight"] = torch.randn(target.outputs, rank, *ones) * 0.01
+    safetensors.torch.save_file(tensors, path)
+    return path

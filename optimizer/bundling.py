@@ -17,7 +17,7 @@ from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
 from optimizer.digests import file_digests, sha256_file
 from optimizer.plan import Job, Plan
-from optimizer.requiring import requires_of
+from optimizer.requiring import native_of, requires_of
 from optimizer.source import ModelSource
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
@@ -231,6 +231,7 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
             version=versions([backend(job.backend).library])[backend(job.backend).library],
             memory_bytes=engine_bytes,
             capabilities=tuple(cards.split(",")) if cards else None,
+            native=native_of(built["properties"]),
         ),
         ran=built["ran"],
         selftest=built["selftest"] and f"{job.spec.name}/{built['selftest']}",

@@ -37,7 +37,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--calibration-size", type=int, metavar="SIDE", help="Pixels [default: the native]")
 @click.option("--dtype", help="auto, fp32, bf16 or fp16: of what isn't quantized [default: auto]")
 @click.option(
-    "--backend", help="openvino, onnxruntime, tensorrt-rtx or eager [default: the profile's]"
+    "--backend", help="openvino, onnxruntime, tensorrt-rtx, aoti, eager [default: the profile's]"
 )
 @click.option(
     "--target", metavar="CARDS", help="rtx-4090, sm86,sm89 or portable: for other machines."

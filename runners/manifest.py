@@ -21,7 +21,7 @@ __all__ = [
     "Speed",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a reader of the old one would misread the new one."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")

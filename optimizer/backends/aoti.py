@@ -33,11 +33,15 @@ from runners.signature import Signature
 
 __all__ = [
     "FILES",
+    "INT8_KERNELS",
+    "SETTINGS",
+    "Typed",
     "build",
     "code_properties",
     "compile_package",
     "exported",
     "low_bit_layers",
+    "needed_glibc",
     "sized_inputs",
     "typed_module",
     "write_constants",
@@ -51,8 +55,14 @@ FILES = {
 }
 """What a file is to the engine -> its name."""
 
+SETTINGS = {
+    "cpp.march": "",  # what the ISA's own flags say, and no more: they are recorded
+    "cpp.dynamic_threads": True,  # else the number of threads is that of the build
+}
+"""Of inductor, for every package that runs on a processor."""
+
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_INT8_KERNELS = re.compile(r"aoti_torch_cpu__q(?:linear|conv)_pointwise\w*\(")
+INT8_KERNELS = re.compile(r"aoti_torch_cpu__q(?:linear|conv)_pointwise\w*\(")
 """oneDNN's, in the generated code: a call a layer."""
 _GLIBC = re.compile(rb"GLIBC_(\d+)\.(\d+)")
 _FLAGS = {
@@ -78,20 +88,15 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     progress(1, 10)
     program = exported(module, how.signature)
     progress(3, 10)
-    settings = {
-        "freezing": frozen,
-        "cpp.march": "",  # what the ISA's own flags say, and no more: they are recorded
-        "cpp.dynamic_threads": True,  # else the number of threads is that of the build
-        "aot_inductor.package_constants_in_so": frozen,
-    }
-    code = compile_package(program, out / FILES["package"], settings)
+    more = {"freezing": frozen, "aot_inductor.package_constants_in_so": frozen}
+    code = compile_package(program, out / FILES["package"], {**SETTINGS, **more})
     progress(9, 10)
     files = {"package": FILES["package"]}
     if not frozen:
         files = dict(FILES)
         write_constants(program, source / FILES["weights"], out)
     properties = code_properties([out / FILES["package"]])
-    kernels = len(_INT8_KERNELS.findall(code))
+    kernels = len(INT8_KERNELS.findall(code))
     return Built(files, {**properties, "frozen": frozen, "low_bit_kernels": kernels})
 
 
@@ -111,17 +116,19 @@ def typed_module(
     lowered = lower_layers(component, product)
     dtype = _DTYPES[how.dtype]
     store_in(component, dtype)
-    return _Typed(WRAPPERS[how.wrapper](component), dtype).eval().requires_grad_(False), lowered
+    return Typed(WRAPPERS[how.wrapper](component), dtype).eval().requires_grad_(False), lowered
 
 
-class _Typed(nn.Module):
+class Typed(nn.Module):
     """float32 in and out, another dtype inside."""
 
     def __init__(self, wrapper: nn.Module, dtype: torch.dtype) -> None:
+        """Take a wrapper of runners.modules whose weights are in `dtype`."""
         super().__init__()
         self.wrapper, self.dtype = wrapper, dtype
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the wrapper gives."""
         cast = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
         return tuple(y.to(torch.float32) for y in self.wrapper(*cast))
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from optimizer.backends import Built, How
 from optimizer.backends.aoti import (
+    SETTINGS,
     code_properties,
     compile_package,
     sized_inputs,
@@ -35,7 +36,7 @@ from runners.engines.aoti_package import tensor_facts
 from runners.lowered import processor_product
 from runners.signature import Signature
 
-__all__ = ["Kind", "build", "find_kinds", "low_bit_layers"]
+__all__ = ["Kind", "build", "export_block", "find_kinds", "low_bit_layers", "watch_calls"]
 
 
 @dataclass
@@ -81,8 +82,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
         role = f"package{number or ''}"
         files[role] = f"block{number or ''}.pt2"
         packages.append(out / files[role])
-        settings = {"cpp.march": "", "cpp.dynamic_threads": True}
-        compile_package(export_block(typed, kind), packages[-1], settings)
+        compile_package(export_block(typed, kind), packages[-1], SETTINGS)
         documents.append(kind.document(role))
         progress(number + 1, len(kinds))
     (out / files["blocks"]).write_text(json.dumps(documents), "utf-8")
@@ -120,7 +120,9 @@ def _facts(block: nn.Module) -> dict[str, list[Any]]:
 
 
 @torch.no_grad()
-def watch_calls(typed: nn.Module, kinds: list[Kind], signature: Signature) -> None:
+def watch_calls(
+    typed: nn.Module, kinds: list[Kind], signature: Signature, device: str = "cpu"
+) -> None:
     """Run the component at two sizes, and keep how the first block of each kind is called.
 
     Raises BuildError where blocks of one kind are called in different ways.
@@ -147,7 +149,7 @@ def watch_calls(typed: nn.Module, kinds: list[Kind], signature: Signature) -> No
             block = wrapper.get_submodule(name)
             handles.append(block.register_forward_hook(keep, with_kwargs=True))
     for one in (sizes, other):
-        typed(*sized_inputs(signature, one))
+        typed(*sized_inputs(signature, one, device))
     for handle in handles:
         handle.remove()
 

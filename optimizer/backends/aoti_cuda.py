@@ -23,12 +23,12 @@ from optimizer.progress import Progress
 from runners.engines.aoti_cuda import card_capability
 from runners.lowered import card_product
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["CARD_SETTINGS", "build", "low_bit_layers"]
 
 _KERNELS = re.compile(r"aoti_torch_\w*_(?:int_mm|scaled_mm)\w*\(")
 """int8 and fp8 products in the generated code: a call a layer."""
 
-_SETTINGS = {
+CARD_SETTINGS = {
     "cpp.march": "",
     "max_autotune": True,
     "max_autotune_gemm_backends": "ATEN,TRITON",
@@ -49,7 +49,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     module, _ = typed_module(source, how, card_product)
     program = on_card(module, how)
     progress(2, 10)
-    code = compile_package(program, out / FILES["package"], _SETTINGS)
+    code = compile_package(program, out / FILES["package"], CARD_SETTINGS)
     progress(9, 10)
     write_constants(program, source / FILES["weights"], out)
     properties = {

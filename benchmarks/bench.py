@@ -30,7 +30,7 @@ _HELP_RUNS = 9
     type=click.Choice(
         [
             *("startup", "compile", "reference", "full-size"),
-            *("quantize", "analyze", "tensorrt", "install", "sdxl"),
+            *("quantize", "analyze", "tensorrt", "install", "sdxl", "aoti"),
         ]
     ),
     multiple=True,
@@ -268,6 +268,13 @@ def _sdxl(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console, _watched)
 
 
+def _aoti(_out: Path, console: Console) -> dict[str, Any]:
+    """Repeated blocks compiled once against compiling whole: a FLUX and a UNet, small widths."""
+    from benchmarks.regional import measure
+
+    return measure(console)
+
+
 _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "startup": _startup,
     "compile": _compile,
@@ -278,6 +285,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "tensorrt": _tensorrt,
     "install": _install,
     "sdxl": _sdxl,
+    "aoti": _aoti,
 }
 
 
@@ -341,4 +349,8 @@ def _text(document: dict[str, Any]) -> str:
                 f", denoiser {row['denoiser_bytes'] / 1e6:.0f} MB, {row['layers_low_bit']} of "
                 f"{row['layers']} layers on low-bit kernels, {row['sqnr_db']:.1f} dB"
             )
+    if found := document.get("aoti"):
+        from benchmarks.regional import text
+
+        lines += text(found)
     return "\n".join(lines)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from optimizer.progress import Progress, Steps
+from runners.console import Console
 from runners.signature import Dim, Signature, TensorSpec
 
-__all__ = ["MODELS", "compare_regional"]
+__all__ = ["MODELS", "compare_regional", "measure", "text"]
 
 _ROUNDS = 15
 
@@ -91,6 +93,39 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Signature]] = {
 """Name -> diffusers class, its config, its wrapper, and how it is called."""
 
 
+def measure(console: Console) -> dict[str, Any]:
+    """Every model of `MODELS`, each in a process of its own."""
+    import psutil
+
+    from optimizer.worker import run_stage
+
+    threads = psutil.cpu_count(logical=False) or 1
+    found = {}
+    for name in MODELS:
+        with (
+            tempfile.TemporaryDirectory() as private,
+            console.stage(f"Compile {name}, whole and by its blocks") as stage,
+        ):
+            arguments = (name, threads, Path(private))
+            target = "benchmarks.regional:compare_regional"
+            run_stage(target, arguments, progress=stage.progress)
+            found[name] = json.loads((Path(private) / "regional.json").read_text("utf-8"))
+    return {"models": found}
+
+
+def text(found: Mapping[str, Any]) -> list[str]:
+    """The lines that `kiln bench` prints."""
+    lines = ["AOTInductor, blocks compiled once against whole:"]
+    for name, model in found["models"].items():
+        whole, blocks = model["rows"]["aoti"], model["rows"]["aoti-blocks"]
+        lines.append(
+            f"  {name:<6}{model['blocks']:>3} blocks: {blocks['build_seconds']} s of "
+            f"{whole['build_seconds']} s ({model['build_ratio']}x), {blocks['ms']} ms a call of "
+            f"{whole['ms']} ms ({model['speed_ratio']}x of the speed), {blocks['sqnr_db']} dB"
+        )
+    return lines
+
+
 def compare_regional(name: str, threads: int, out: Path, progress: Progress) -> None:
     """Write regional.json into `out`: seconds to build and milliseconds a call of each way."""
     import torch
@@ -103,7 +138,7 @@ def compare_regional(name: str, threads: int, out: Path, progress: Progress) -> 
     component = _write_source(cls, config, source)
     rows: dict[str, dict[str, Any]] = {}
     engines = {}
-    for backend in ("aoti", "aoti-blocks"):
+    for backend in ("aoti-blocks", "aoti"):
         folder = out / backend
         folder.mkdir()
         rows[backend], engines[backend] = _built(backend, wrapper, signature, source, folder)

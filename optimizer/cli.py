@@ -27,6 +27,7 @@ __all__ = ["analyze_command", "compile_command"]
     "--prediction-type", help="epsilon or v_prediction: of a single file [default: by its weights]"
 )
 @click.option("--quant", help="none, int8, int4, auto, ... (see README) [default: the profile's]")
+@click.option("--text-quant", help="int8w, int4 or nf4: of text encoders [default: kept]")
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
 @click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")
@@ -80,6 +81,7 @@ def compile_command(
     vae_revision: str | None,
     prediction_type: str | None,
     quant: str | None,
+    text_quant: str | None,
     solver: str | None,
     budget: str | None,
     min_quality: float | None,
@@ -105,6 +107,7 @@ def compile_command(
         "vae_revision": vae_revision,
         "prediction_type": prediction_type,
         "quant": quant,
+        "text_quant": text_quant,
         "solver": solver,
         "budget": budget,
         "min_quality": min_quality,

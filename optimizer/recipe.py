@@ -39,6 +39,8 @@ class Recipe(BaseModel):
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Of a single-file checkpoint, where it isn't what its marks and weights tell."""
     quant: str | None = None
+    text_quant: Literal["int8w", "int4", "nf4"] | None = None
+    """Of the text encoders' linears; None keeps them, as small ones deserve."""
     solver: str | None = None
     """How codes are found; by default what suits the level."""
     budget: str | None = None

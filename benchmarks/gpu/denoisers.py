@@ -187,7 +187,7 @@ def measure_denoiser(
         "dtype": "bf16",
         "checked": checked,
         **times,
-        "tflops": round(flops / 1e12, 4),
+        "tflops": round(flops / 1e12, 6),
         "peak_tflops_per_second": round(peak / 1e12, 3),
         "share_of_peak": {
             row: round(flops / (ms / 1000) / peak, 4) for row, ms in times["ms"].items()

@@ -18,7 +18,13 @@ from runners.bundle import DIGEST_NAME
 from runners.console import Console
 from runners.manifest import Manifest
 
-__all__ = ["baseline_contestants", "bundle_contestant", "contestants", "level_recipes", "plain_contestant"]
+__all__ = [
+    "baseline_contestants",
+    "bundle_contestant",
+    "contestants",
+    "level_recipes",
+    "plain_contestant",
+]
 
 
 def level_recipes(wish: Wish) -> dict[str, Recipe]:

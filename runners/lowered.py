@@ -78,7 +78,9 @@ class Lowered(nn.Module):
         y = self._product(self, scaled)
         if self.down is not None and self.up is not None:
             thin = self.plain(x, self.down, None)
-            y = y + (F.linear(thin, self.up) if self.convolution is None else F.conv2d(thin, self.up))
+            y = y + (
+                F.linear(thin, self.up) if self.convolution is None else F.conv2d(thin, self.up)
+            )
         if self.output_step is None:
             return y
         return torch.clamp(torch.round(y / self.output_step), -128, 127) * self.output_step

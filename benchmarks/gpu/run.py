@@ -4,8 +4,9 @@
     python -m benchmarks.gpu.run --section sdxl -o out/gpu.json
 
 The sections sd15, sdxl and flux need no bundle: full-size denoisers of random weights, eager, JIT
-and ahead of time; `--small` takes small ones, for a machine without a card. A section takes under 8 minutes, needs no network, and merges its answers into the JSON file. What
-fails is an answer too, in the library's own words.
+and ahead of time; `--small` takes small ones, for a machine without a card. A section takes under 8
+minutes, needs no network, and merges its answers into the JSON file. What fails is an answer too,
+in the library's own words.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def main(
     """Run a section and merge what it found into OUT."""
     chosen = tuple(rows.split(","))
     if unknown := set(chosen) - set(ROWS):
-        raise click.BadParameter(f"{min(unknown)} is none of {', '.join(ROWS)}", param_hint="--rows")
+        raise click.BadParameter(
+            f"{min(unknown)} is none of {', '.join(ROWS)}", param_hint="--rows"
+        )
     if section in DENOISERS:
         found = measure_denoiser(section, chosen, _interleaved, small=small)
     elif bundle is None:

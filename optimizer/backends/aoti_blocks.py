@@ -7,9 +7,10 @@ component that has none is compiled whole, as a single block.
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,28 +131,32 @@ def watch_calls(
     wrapper = typed.wrapper
     assert isinstance(wrapper, nn.Module)
     sizes = traced_sizes(signature)
-    other = {dim.name: sizes[dim.name] + (0 if dim.fixed else dim.multiple_of) for dim in signature.dims}
-    handles = []
-    for kind in kinds:
-        for name in kind.blocks:
-
-            def keep(
-                _block: nn.Module, args: Any, kwargs: Any, output: Any, kind: Kind = kind, name: str = name
-            ) -> None:
-                tensors, spec, rest = flat_call(args, kwargs)
-                out = pytree.treespec_dumps(pytree.tree_flatten(output)[1])
-                if kind.spec and (kind.spec, kind.rest, kind.out) != (spec, rest, out):
-                    raise BuildError(f"{name} is called otherwise than {kind.blocks[0]}.")
-                kind.spec, kind.rest, kind.out = spec, rest, out
-                if name == kind.blocks[0]:
-                    kind.calls.append([x.detach().contiguous().clone() for x in tensors])
-
-            block = wrapper.get_submodule(name)
-            handles.append(block.register_forward_hook(keep, with_kwargs=True))
+    steps = {dim.name: 0 if dim.fixed else dim.multiple_of for dim in signature.dims}
+    other = {name: size + steps[name] for name, size in sizes.items()}
+    handles = [
+        wrapper.get_submodule(name).register_forward_hook(_keeper(kind, name), with_kwargs=True)
+        for kind in kinds
+        for name in kind.blocks
+    ]
     for one in (sizes, other):
         typed(*sized_inputs(signature, one, device))
     for handle in handles:
         handle.remove()
+
+
+def _keeper(kind: Kind, name: str) -> Callable[..., None]:
+    """A hook that keeps how a block is called, and of the first one what with."""
+
+    def keep(_block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors, spec, rest = flat_call(args, kwargs)
+        out = pytree.treespec_dumps(pytree.tree_flatten(output)[1])
+        if kind.spec and (kind.spec, kind.rest, kind.out) != (spec, rest, out):
+            raise BuildError(f"{name} is called otherwise than {kind.blocks[0]}.")
+        kind.spec, kind.rest, kind.out = spec, rest, out
+        if name == kind.blocks[0]:
+            kind.calls.append([x.detach().contiguous().clone() for x in tensors])
+
+    return keep
 
 
 def export_block(typed: nn.Module, kind: Kind) -> Any:
@@ -167,7 +172,7 @@ def export_block(typed: nn.Module, kind: Kind) -> Any:
         {i: hint for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b}
         for x, y in zip(first, second, strict=True)
     ]
-    dynamic = (tuple([*shapes, *({} for _ in weights)]),)
+    dynamic = ((*shapes, *({} for _ in weights)),)
     try:
         with torch.no_grad():
             return torch.export.export(
@@ -202,8 +207,6 @@ class _Functional(nn.Module):
 
 def _value(leaf: str) -> Any:
     """What isn't a tensor in a call, from its repr; BuildError for more than plain data."""
-    import ast
-
     try:
         return ast.literal_eval(leaf)
     except (ValueError, SyntaxError) as error:

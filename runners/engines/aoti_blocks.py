@@ -69,7 +69,9 @@ class AotiBlocksEngine(Engine):
 class Block(nn.Module):
     """Stands for one block: the package of its kind, with this block's weights."""
 
-    def __init__(self, package: Package, weights: Sequence[Tensor], kind: Mapping[str, Any]) -> None:
+    def __init__(
+        self, package: Package, weights: Sequence[Tensor], kind: Mapping[str, Any]
+    ) -> None:
         """Take what calls have to look like from `kind`: see `AotiBlocksEngine`."""
         super().__init__()
         self._package, self._weights = package, list(weights)

@@ -45,9 +45,10 @@ class AotiCudaEngine(DeviceEngine):
                 f"{torch.version.cuda}: install that build of torch, or compile the bundle again."
             )
         if not cls.usable_here(properties):
+            here = f"{sm(card_capability())} ({torch.cuda.get_device_name()})"
             raise DeviceMismatch(
-                f"The engine was built for {sm(wanted)}, and the card here is {sm(card_capability())} "
-                f"({torch.cuda.get_device_name()}): compile the bundle again here."
+                f"The engine was built for {sm(wanted)}, and the card here is {here}: compile the "
+                "bundle again here."
             )
 
     def machine(self) -> str:

@@ -20,7 +20,7 @@ from runners.engines.base import DeviceEngine, Properties
 from runners.engines.onnxruntime import open_session
 from runners.signature import Signature
 
-__all__ = ["Bound", "OnnxRuntimeCudaEngine", "PROVIDER"]
+__all__ = ["PROVIDER", "Bound", "OnnxRuntimeCudaEngine"]
 
 PROVIDER = "CUDAExecutionProvider"
 _KEPT = 4

@@ -43,7 +43,11 @@ class Replaying:
     """
 
     def __init__(
-        self, run: Callable[..., list[Tensor]], *, recorder: Recorder = cuda_graph, kept: int = _KEPT
+        self,
+        run: Callable[..., list[Tensor]],
+        *,
+        recorder: Recorder = cuda_graph,
+        kept: int = _KEPT,
     ) -> None:
         """Record nothing yet."""
         self._run, self._record, self._most = run, recorder, kept
@@ -65,9 +69,7 @@ class Replaying:
         replay()
         return [tensor.clone() for tensor in outputs]
 
-    def _made(
-        self, inputs: list[Tensor]
-    ) -> tuple[list[Tensor], Callable[[], None], list[Tensor]]:
+    def _made(self, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], None], list[Tensor]]:
         buffers = [tensor.clone() for tensor in inputs]
         replay, outputs = self._record(lambda: self._run(*buffers))
         return buffers, replay, outputs

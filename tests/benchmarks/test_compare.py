@@ -200,7 +200,7 @@ def test_a_baseline_that_is_not_known_or_not_installed_is_refused(
     from benchmarks import levels
     from optimizer.source import resolve
 
-    with pytest.raises(SpecError, match="names 'tvm': use torch.compile or torchao-int8"):
+    with pytest.raises(SpecError, match=r"names 'tvm': use torch\.compile or torchao-int8"):
         Wish("m", tmp_path, ("none",), baselines=("tvm",))  # type: ignore[arg-type]
     monkeypatch.setattr(levels, "find_spec", lambda _name: None)
     wish = Wish(str(model), tmp_path, ("none",), baselines=("torchao-int8",))

@@ -109,7 +109,7 @@ def test_the_processors_build_does_not_count_as_the_cards() -> None:
 @pytest.mark.parametrize(
     ("backend", "code", "words"),
     [
-        ("onnxruntime-cuda", 17, 'needs onnxruntime-gpu, which isn\'t installed: run pip install "'),
+        ("onnxruntime-cuda", 17, "needs onnxruntime-gpu, which isn't installed: run pip install "),
         ("aoti-cuda", 10, "no NVIDIA card is usable here: use --backend tensorrt-rtx"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Recorded work: fixed buffers, one recording a shape; what records is a card's or, here, a list."""
+"""Recorded work: fixed buffers, one recording a shape, made by a card or, here, by a stand-in."""
 
 from __future__ import annotations
 

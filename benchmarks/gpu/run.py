@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.conditions import load_average, tool_versions
 from benchmarks.gpu.denoisers import DENOISERS, ROWS, measure_denoiser
+from benchmarks.gpu.peers import published
 from profiles.errors import KilnError
 from runners.bundle import Bundle, open_bundle
 from runners.engines.base import DeviceEngine
@@ -66,6 +67,7 @@ def main(
     else:
         found = _bundle(bundle, trust)
     document = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    document["published_by_others"] = published()
     document[section] = {"conditions": _conditions(), **found}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")

@@ -70,7 +70,7 @@ def manifest_of(kind: Kind) -> Manifest:
     requires = _requires(kind)
     sha256 = hashlib.sha256(b"").hexdigest()
     fields: dict[str, Any] = {
-        "schema_version": 3,
+        "schema_version": 4,
         "kiln": "0.1.0",
         "key": sha256,
         "model": ModelEntry(

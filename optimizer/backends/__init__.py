@@ -154,6 +154,7 @@ BACKENDS: dict[str, Backend] = {
             frozenset({"w8a16", "w4a16"}),
             device="gpu",
             zero_points=False,
+            int4_axes=frozenset({2}),
             factors=False,
             runs=Runs("minimum", driver=_CUDA_13),
         ),

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def _timed(
         engine.threads = threads
         engine.__enter__()
         rows[name]["load_seconds"] = round(time.perf_counter() - start, 2)
-        calls[name] = lambda engine=engine: next(iter(engine(feeds).values()))
+        calls[name] = partial(_first_output, engine, feeds)
     wanted = eager()
     for name in engines:
         rows[name]["sqnr_db"] = round(sqnr_db([(wanted, calls[name]())]), 1)
@@ -244,6 +245,10 @@ def _timed(
     for name, ms in times.items():
         rows[name]["ms"] = ms
     return rows
+
+
+def _first_output(engine: Any, feeds: Mapping[str, Any]) -> Any:
+    return next(iter(engine(feeds).values()))
 
 
 def _interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:

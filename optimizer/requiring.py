@@ -55,7 +55,7 @@ def requires_of(
         systems=systems,
         machines=machines,
         only_there=runs.only is not None,
-        glibc=max(filter(None, (runs.glibc, native and native.glibc)), key=release),
+        glibc=max(runs.glibc, (native and native.glibc) or runs.glibc, key=release),
         isa=() if on_card else _PROCESSOR.get(machine, ()),
         build_isa=(
             *((BF16,) if job.dtype == "bf16" and not on_card else ()),

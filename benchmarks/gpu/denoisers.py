@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.full_models import SD15_UNET, SDXL_UNET
+from benchmarks.gpu.roofline import flops_of, peak_flops
 from benchmarks.gpu.rounding import round_linears
 from optimizer.backends.aoti import SETTINGS, Typed, compile_package, exported, sized_inputs
 from optimizer.backends.aoti_blocks import export_block, find_kinds, watch_calls
@@ -41,7 +43,6 @@ _SECONDS = 390.0
 _LEAST_DB = {"none": 25.0, "int8": 10.0, "fp8": 10.0}
 """To eager bf16, which itself loses 36 to 39 dB (FACTS: whole UNets); rounded random weights have
 no outliers to keep and no structure to spare: far below, something is wrong."""
-_PEAK_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,10 @@ def measure_denoiser(
                 "needed_db": needed,
             }
             if db >= needed:
-                calls[row] = lambda call=call: call(*inputs)
+                calls[row] = partial(call, *inputs)
         times = timed(calls)
-    flops, peak = _flops(known, config, signature), _peak_flops(device)
+    meta = Typed(WRAPPERS[known.wrapper](_empty(known, config)), torch.float32)
+    flops, peak = flops_of(meta, inputs), peak_flops(device)
     return {
         "parameters": sum(p.numel() for p in _empty(known, config).parameters()),
         "sizes": dict(sizes),
@@ -292,31 +294,3 @@ def _in_blocks(
     assert isinstance(wrapper, nn.Module)
     insert_blocks(wrapper, [kind.document("package") for kind in kinds], packages)
     return module
-
-
-def _flops(known: Denoiser, config: Mapping[str, Any], signature: Signature) -> int:
-    """Of one call, counted from shapes alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    module = Typed(WRAPPERS[known.wrapper](_empty(known, config)), torch.float32)
-    sizes = {dim.name: dim.opt for dim in signature.dims}
-    inputs = [tensor.to("meta") for tensor in sized_inputs(signature, sizes)]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
-    return int(counter.get_total_flops())
-
-
-def _peak_flops(device: str) -> float:
-    """The best of 20 products of square bf16 matrices, operations a second."""
-    side = _PEAK_SIDE if device == "cuda" else 512
-    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        one @ other
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best

@@ -176,13 +176,13 @@ def exported(module: nn.Module, signature: Signature, device: str = "cpu") -> An
 def compile_package(program: Any, path: Path, settings: Mapping[str, Any]) -> str:
     """Write a package of the compiled code without its sources, which are returned."""
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     options = {**settings, "aot_inductor.package": True}
     arguments, keywords = program.example_inputs
     with _own_cache(path.parent), torch.no_grad():
         try:
-            found = aot_compile(
+            found: Any = aot_compile(
                 program.module(check_guards=False), arguments, keywords, options=options
             )
         except Exception as error:  # inductor and its compiler raise what they like

@@ -191,7 +191,7 @@ class _Functional(nn.Module):
 
     def __init__(self, block: nn.Module, kind: Kind) -> None:
         super().__init__()
-        object.__setattr__(self, "_block", block)  # no submodule: its weights are inputs
+        self._block = (block,)  # no submodule: its weights are inputs
         self._names, self._rest = list(kind.weights), kind.rest
         self._spec = pytree.treespec_loads(kind.spec)
 
@@ -201,7 +201,7 @@ class _Functional(nn.Module):
         leaves = [next(given) if leaf == "tensor" else _value(leaf) for leaf in self._rest]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         weights = dict(zip(self._names, inputs[count:], strict=True))
-        found = functional_call(self._block, weights, args, kwargs)
+        found = functional_call(self._block[0], weights, args, kwargs)
         return tuple(pytree.tree_leaves(found))
 
 

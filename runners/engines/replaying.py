@@ -23,7 +23,7 @@ _WARM = 2
 
 def cuda_graph(work: Work) -> tuple[Callable[[], None], list[Tensor]]:
     """Record `work` as a CUDA graph, on a stream of its own as capturing demands."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM):

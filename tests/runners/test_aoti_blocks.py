@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +95,11 @@ def typed_of(source: Path) -> nn.Module:
 
 
 @pytest.fixture
-def watched(source: Path) -> Iterator[tuple[nn.Module, list[Kind]]]:
+def watched(source: Path) -> tuple[nn.Module, list[Kind]]:
     typed = typed_of(source)
     kinds = find_kinds(typed)
     watch_calls(typed, kinds, SIGNATURE)
-    yield typed, kinds
+    return typed, kinds
 
 
 def test_blocks_of_a_kind_are_found_by_their_classes_own_list(

@@ -30,7 +30,7 @@ _HELP_RUNS = 9
     type=click.Choice(
         [
             *("startup", "compile", "reference", "full-size"),
-            *("quantize", "analyze", "tensorrt", "install", "sdxl"),
+            *("quantize", "analyze", "tensorrt", "install", "sdxl", "aoti"),
             *("memory", "memory-full"),
             "attention",
             *("lora", "lora-full-size"),
@@ -292,6 +292,13 @@ def _attention(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console)
 
 
+def _aoti(_out: Path, console: Console) -> dict[str, Any]:
+    """Repeated blocks compiled once against compiling whole: a FLUX and a UNet, small widths."""
+    from benchmarks.regional import measure
+
+    return measure(console)
+
+
 def _lora(_out: Path, console: Console) -> dict[str, Any]:
     """LoRAs on the reference model's engines."""
     from benchmarks.lora import measure
@@ -321,6 +328,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "attention": _attention,
     "lora": _lora,
     "lora-full-size": _lora_full_size,
+    "aoti": _aoti,
 }
 
 
@@ -400,4 +408,8 @@ def _text(document: dict[str, Any]) -> str:
                 f"{found['first_load_seconds']:.2f} s, a step with rank {found['ranks'][0]} at "
                 f"{found['speed_with_lora']:.2f}x of the speed without"
             )
+    if found := document.get("aoti"):
+        from benchmarks.regional import text
+
+        lines += text(found)
     return "\n".join(lines)

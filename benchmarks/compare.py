@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import click
 
@@ -13,6 +14,9 @@ from profiles.errors import SpecError
 from runners.console import Console
 
 __all__ = ["Wish", "compare"]
+
+
+Baseline = Literal["torch.compile", "torchao-int8"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Wish:
     guidance: float | None = None
     backend: str | None = None
     threads: int | None = None
+    baselines: tuple[Baseline, ...] = ()
+    """The plain pipeline in other people's ways."""
     limits: Mapping[str, float] = field(default_factory=dict)
     """Measure -> the least that every level must reach."""
 
@@ -37,6 +43,9 @@ class Wish:
         """Raise SpecError for what no model could be asked for."""
         if not self.levels:
             raise SpecError("--levels names no level: give some, such as --levels none,int8,int4")
+        known = get_args(Baseline)
+        if unknown := sorted(set(self.baselines) - set(known)):
+            raise SpecError(f"--baselines names {unknown[0]!r}: use {' or '.join(known)}")
         twice = sorted({level for level in self.levels if self.levels.count(level) > 1})
         if twice:
             raise SpecError(f"--levels names {twice[0]} twice: name each level once")
@@ -74,6 +83,9 @@ class Wish:
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the model's]")
 @click.option("--backend", help="Backend of every level.  [default: by the machine]")
+@click.option(
+    "--baselines", help="Rows of plain diffusers in other ways: torch.compile, torchao-int8."
+)
 @click.option("--threads", type=int, help="Threads of every process.  [default: all cores]")
 @click.option(
     "--fail-under",
@@ -94,6 +106,7 @@ def compare(
     steps: int | None,
     guidance: float | None,
     backend: str | None,
+    baselines: str | None,
     threads: int | None,
     fail_under: str | None,
     json_output: bool,
@@ -108,7 +121,7 @@ def compare(
     wish = Wish(
         model=model,
         out=out,
-        levels=tuple(level.strip() for level in levels.split(",") if level.strip()),
+        levels=_listed(levels),
         revision=revision,
         prompts=prompts,
         count=count,
@@ -116,9 +129,14 @@ def compare(
         steps=steps,
         guidance=guidance,
         backend=backend,
+        baselines=_listed(baselines or ""),  # type: ignore[arg-type]
         threads=threads,
         limits={} if fail_under is None else parse_limits(fail_under),
     )
     from benchmarks.comparing import carry_out
 
     carry_out(wish, Console(json_output=json_output, verbose=verbose))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

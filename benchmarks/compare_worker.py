@@ -4,7 +4,7 @@ Reads a JSON request a line from stdin and answers each with a JSON line on stdo
 contestant has its own peak memory and runs when it is asked and at no other time. Pictures and
 denoiser calls pass through files. Whatever a library prints goes to stderr.
 
-    {"op": "load", "kind": "diffusers"|"bundle", "path", "threads"}
+    {"op": "load", "kind": a contestant's, "path", "threads"}
     {"op": "image", "prompt", "seed", "steps", "guidance", "path"}    -> seconds
     {"op": "record", "prompt", "seed", "steps", "guidance", "folder"} -> calls
     {"op": "replay", "folder"}                                        -> signal, noise, per call
@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,8 +60,7 @@ class Session:
 
         torch.set_num_threads(request["threads"])
         start = time.perf_counter()
-        load = _load_bundle if request["kind"] == "bundle" else _load_diffusers
-        self._pipe = load(request["path"], request["threads"])
+        self._pipe = _LOADERS[request["kind"]](request["path"], request["threads"])
         seconds = time.perf_counter() - start
         self._pipe.set_progress_bar_config(disable=True)
         call = inspect.signature(type(self._pipe).__call__).parameters
@@ -146,8 +146,7 @@ class Session:
 
     @property
     def _denoiser(self) -> Any:
-        unet = getattr(self._pipe, "unet", None)
-        return self._pipe.transformer if unet is None else unet
+        return _denoiser_of(self._pipe)
 
 
 def peak_rss_bytes() -> int | None:
@@ -190,6 +189,36 @@ def _load_diffusers(path: str, _threads: int) -> Any:
         local_files_only=True,
         **without,
     )
+
+
+def _load_compiled(path: str, threads: int) -> Any:
+    """The same with the denoiser compiled when it first runs; the cache stays on the machine."""
+    pipe = _load_diffusers(path, threads)
+    _denoiser_of(pipe).compile()
+    return pipe
+
+
+def _load_torchao(path: str, threads: int) -> Any:
+    """The same with the weights of the denoiser's linears in int8."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    pipe = _load_diffusers(path, threads)
+    quantize_(_denoiser_of(pipe), Int8WeightOnlyConfig())
+    return pipe
+
+
+_LOADERS: dict[str, Callable[[str, int], Any]] = {
+    "bundle": _load_bundle,
+    "diffusers": _load_diffusers,
+    "torch.compile": _load_compiled,
+    "torchao-int8": _load_torchao,
+}
+"""A contestant's kind -> what makes its pipeline."""
+
+
+def _denoiser_of(pipe: Any) -> Any:
+    unet = getattr(pipe, "unet", None)
+    return pipe.transformer if unet is None else unet
 
 
 def _variant(folder: Path) -> str | None:

@@ -112,7 +112,7 @@ def _predicted_memory(entrants: Sequence[Contestant]) -> float:
     """
     weights = (
         entrant.bytes * max(1.0, entrant.denoiser_fp32_bytes / entrant.denoiser_bytes)
-        if entrant.kind == "diffusers"
+        if entrant.kind != "bundle"
         else entrant.bytes
         for entrant in entrants
     )

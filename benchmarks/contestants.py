@@ -31,7 +31,9 @@ class Contestant:
 
     name: str
     """The level's name, or `REFERENCE`."""
-    kind: Literal["diffusers", "bundle"]
+    kind: Literal["diffusers", "bundle", "torch.compile", "torchao-int8"]
+    """The plain pipeline, a bundle, or the plain pipeline with its denoiser compiled when it first
+    runs, or with its linears' weights in int8."""
     path: Path
     """The diffusers folder or the bundle."""
     backend: str

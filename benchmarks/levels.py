@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.compare import Wish
@@ -11,12 +13,18 @@ from optimizer.families import family
 from optimizer.quantize.policy import AUTO, policy_names
 from optimizer.recipe import Recipe, checked
 from optimizer.source import ModelSource
-from profiles.errors import SpecError
+from profiles.errors import MissingError, SpecError
 from runners.bundle import DIGEST_NAME
 from runners.console import Console
 from runners.manifest import Manifest
 
-__all__ = ["bundle_contestant", "contestants", "level_recipes", "plain_contestant"]
+__all__ = [
+    "baseline_contestants",
+    "bundle_contestant",
+    "contestants",
+    "level_recipes",
+    "plain_contestant",
+]
 
 
 def level_recipes(wish: Wish) -> dict[str, Recipe]:
@@ -61,7 +69,7 @@ def contestants(wish: Wish, source: ModelSource, console: Console) -> list[Conte
     """Everybody, the reference first; bundles that aren't in OUT/bundles yet are compiled."""
     from optimizer.compile import compile_bundle
 
-    entrants = [plain_contestant(source)]
+    entrants = [plain_contestant(source), *baseline_contestants(wish, source)]
     for level, recipe in level_recipes(wish).items():
         # `force`: the folder is ours, and what lies there may be of another model or version
         folder = wish.out / "bundles" / slug(level)
@@ -85,6 +93,17 @@ def plain_contestant(source: ModelSource) -> Contestant:
         denoiser_bytes=sum(path.stat().st_size for path in source.weight_files(folder)),
         denoiser_fp32_bytes=4 * sum(math.prod(shape) for shape in shapes),
     )
+
+
+def baseline_contestants(wish: Wish, source: ModelSource) -> list[Contestant]:
+    """The plain pipeline in other people's ways; MissingError for one whose library isn't here."""
+    if "torchao-int8" in wish.baselines and find_spec("torchao") is None:
+        raise MissingError(
+            "The baseline torchao-int8 needs torchao, which isn't installed: run "
+            'pip install "kiln-diffusion[torchao]".'
+        )
+    plain = plain_contestant(source)
+    return [replace(plain, name=name, kind=name, backend=name) for name in wish.baselines]
 
 
 def bundle_contestant(level: str, bundle: Path, manifest: Manifest) -> Contestant:

@@ -20,7 +20,7 @@ from optimizer.digests import file_digests, sha256_file
 from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
 from optimizer.outlook import predicted_base, predicted_part
 from optimizer.plan import Job, Plan
-from optimizer.requiring import requires_of
+from optimizer.requiring import native_of, requires_of
 from optimizer.source import ModelSource
 from optimizer.tools import EXPORT, kiln_version, versions
 from profiles.errors import BundleError, KilnError, SpecError
@@ -239,6 +239,7 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
             version=versions([backend(job.backend).library])[backend(job.backend).library],
             memory_bytes=engine_bytes,
             capabilities=tuple(cards.split(",")) if cards else None,
+            native=native_of(built["properties"]),
         ),
         ran=built["ran"],
         selftest=built["selftest"] and placed[built["selftest"]],

@@ -34,6 +34,7 @@ __all__ = ["analyze_command", "compile_command"]
     help="none, int8, int4, auto, ... (see README), or several, best first: none,int8 "
     "[default: the profile's]",
 )
+@click.option("--text-quant", help="int8w, int4 or nf4: of text encoders [default: kept]")
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
 @click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")
@@ -44,7 +45,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option("--calibration-size", type=int, metavar="SIDE", help="Pixels [default: the native]")
 @click.option("--dtype", help="auto, fp32, bf16 or fp16: of what isn't quantized [default: auto]")
 @click.option(
-    "--backend", help="openvino, onnxruntime, tensorrt-rtx or eager [default: the profile's]"
+    "--backend", help="openvino, onnxruntime, tensorrt-rtx, aoti, eager [default: the profile's]"
 )
 @click.option(
     "--target", metavar="CARDS", help="rtx-4090, sm86,sm89 or portable: for other machines."
@@ -89,6 +90,7 @@ def compile_command(
     controlnet: str | None,
     prediction_type: str | None,
     quant: str | None,
+    text_quant: str | None,
     solver: str | None,
     budget: str | None,
     min_quality: float | None,
@@ -116,6 +118,7 @@ def compile_command(
         "controlnets": controlnet and _names(controlnet),
         "prediction_type": prediction_type,
         **_levels(quant),
+        "text_quant": text_quant,
         "solver": solver,
         "budget": budget,
         "min_quality": min_quality,

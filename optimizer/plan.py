@@ -25,7 +25,14 @@ from optimizer.legality import require_formats, require_target
 from optimizer.onnx_source import as_exported, coarser, require_onnx_buildable
 from optimizer.quantize.budget import require_reachable
 from optimizer.quantize.candidates import candidates
-from optimizer.quantize.policy import AUTO, Policy, default_policy, legal_policy
+from optimizer.quantize.policy import (
+    AUTO,
+    LEVELS,
+    Policy,
+    Rule,
+    default_policy,
+    legal_policy,
+)
 from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
 from optimizer.sizes import layer_shapes, predicted_bytes
@@ -338,7 +345,7 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
     return Job(
         spec=spec,
         backend=known.name,
-        quant=str(recipe.quant) if low_bit else "none",
+        quant=(_text_quant(spec, recipe) or str(recipe.quant)) if low_bit else "none",
         dtype=recipe.dtype,
         capabilities=target.capabilities,
         weight_streaming=predicted > _STREAMED * (target.memory_gib or math.inf) * 2**30,
@@ -422,8 +429,16 @@ def _parameters(shapes: Mapping[str, Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def _text_quant(spec: ComponentSpec, recipe: Recipe) -> str | None:
+    """The level of a text encoder's linears: weights alone, which needs no calibration."""
+    return recipe.text_quant if spec.role == "text_encoder" else None
+
+
 def _policy(spec: ComponentSpec, recipe: Recipe) -> Policy:
     """The component's policy; where it is still to be solved for, that of int8 stands in."""
+    if (text_quant := _text_quant(spec, recipe)) is not None:
+        rule = Rule(pattern="*", scheme=LEVELS[text_quant])
+        return legal_policy(Policy(rules=(rule,), solver="hqq"), backend_named(str(recipe.backend)))
     quant, solver = str(recipe.quant), str(recipe.solver)
     if quant == AUTO and recipe.policy is not None and spec.role == "denoiser":
         return recipe.policy

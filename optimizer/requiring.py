@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from optimizer.backends import Backend, backend
 from optimizer.plan import Job
 from profiles.hardware import BF16, INT8_DOT
 from runners.needs import release
 from runners.requires import LibraryNeed, Requires
 
-__all__ = ["requires_of"]
+__all__ = ["Native", "native_of", "requires_of"]
 
 _SYSTEMS = ("Darwin", "Linux", "Windows")
 _PROCESSOR = {"x86_64": (("sse4_2",),)}
 """Machine -> what torch and the processors' libraries can't do without (their requirements)."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """What an engine that is native code was compiled for."""
+
+    isa: tuple[str, ...]
+    """Names of `profiles.hardware.ISA`, all of which are needed."""
+    glibc: str | None
+
+
+def native_of(properties: Mapping[str, object]) -> Native:
+    """What an engine's properties say of its own code."""
+    isa = tuple(name for name in str(properties.get("isa", "")).split(",") if name)
+    return Native(isa, str(properties.get("glibc", "")) or None)
 
 
 def requires_of(
@@ -22,11 +40,12 @@ def requires_of(
     version: str,
     memory_bytes: int,
     capabilities: tuple[str, ...] | None = None,
+    native: Native | None = None,
 ) -> Requires:
     """The needs of a job's engine.
 
     `built_on` is the system and the machine, `version` the library's that built it. Without
-    `capabilities` the cards are the plan's.
+    `capabilities` the cards are the plan's; `native` says what the engine's own code needs.
     """
     known = backend(job.backend)
     runs, on_card = known.runs, known.device == "gpu"
@@ -36,9 +55,12 @@ def requires_of(
         systems=systems,
         machines=machines,
         only_there=runs.only is not None,
-        glibc=runs.glibc,
+        glibc=max(runs.glibc, (native and native.glibc) or runs.glibc, key=release),
         isa=() if on_card else _PROCESSOR.get(machine, ()),
-        build_isa=(BF16,) if job.dtype == "bf16" and not on_card else (),
+        build_isa=(
+            *((BF16,) if job.dtype == "bf16" and not on_card else ()),
+            *((name,) for name in (native.isa if native else ())),
+        ),
         fast_isa=(INT8_DOT,) if _rounds_inputs(job) and not on_card else (),
         capabilities=(capabilities or job.capabilities or runs.portable) if on_card else None,
         buildable=known.capabilities,

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimizer.backends import BACKENDS
+from optimizer.compilers import require_compiler
 from optimizer.digests import digest, sha256_file
 from profiles.errors import MissingError, UnsupportedError
 from runners.engines import EXTRAS
@@ -47,9 +48,7 @@ def require_libraries(backends: Collection[str], formats: Collection[str] = ()) 
     for name in backends:
         if name in EXTRAS:
             needed[BACKENDS[name].library] = EXTRAS[name]
-    missing = {
-        name: extra for name, extra in needed.items() if find_spec(name.replace("-", "_")) is None
-    }
+    missing = {name: extra for name, extra in needed.items() if _is_absent(name)}
     if missing:
         extras = ",".join(sorted({*missing.values(), "compile"}))
         raise MissingError(
@@ -58,6 +57,8 @@ def require_libraries(backends: Collection[str], formats: Collection[str] = ()) 
         )
     for name in backends:
         _require_card(name)
+        if BACKENDS[name].compiler:
+            require_compiler(name)
 
 
 def _require_card(name: str) -> None:
@@ -72,6 +73,18 @@ def _require_card(name: str) -> None:
             f"The backend {name} builds on the card that it builds for, and no NVIDIA card is "
             "usable here: use --backend tensorrt-rtx with --target, which needs none."
         )
+
+
+def _is_absent(distribution: str) -> bool:
+    """Whether its module can't be imported; of a module that two distributions have, whether it is
+    this one's.
+    """
+    if distribution in _SHARED:
+        return _version(distribution) == "absent"
+    return find_spec(distribution.replace("-", "_")) is None
+
+
+_SHARED = ("onnxruntime-gpu",)
 
 
 def _version(distribution: str) -> str:

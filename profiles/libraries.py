@@ -30,6 +30,10 @@ LIBRARIES: dict[str, Library] = {
     "onnxruntime": Library(("onnxruntime", "onnxruntime-gpu"), "cpu"),
     "tensorrt-rtx": Library(("tensorrt-rtx",), "rtx", on_card=True),
     "tensorrt": Library(("tensorrt",), "tensorrt", on_card=True),
+    "onnxruntime-cuda": Library(("onnxruntime-gpu",), "cuda", on_card=True),
+    "aoti-cuda": Library(("torch",), None, on_card=True),
+    "aoti": Library(("torch",), None),
+    "aoti-blocks": Library(("torch",), None),
     "eager": Library(("torch",), None),
 }
 """Backend -> its library."""
@@ -41,7 +45,7 @@ BESIDE = ("diffusers", "transformers")
 def version_of(distribution: str, installed: Mapping[str, str]) -> str | None:
     """The installed version of a distribution, or of one that takes its place."""
     for library in LIBRARIES.values():
-        if distribution in library.distributions:
+        if distribution == library.distributions[0]:
             names = (distribution, *library.distributions)
             return next((installed[name] for name in names if name in installed), None)
     return installed.get(distribution)

@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+PACKAGE = "package"
+"""What the names of native code for the processor begin with in every backend."""
+
+
 class Bundle:
     """A verified bundle: `file(rel)` gives the very bytes that were hashed."""
 
@@ -53,10 +57,10 @@ class Bundle:
         self._code = {
             name
             for entry in manifest.engines
-            if entry.requires.capabilities is not None
-            for name in entry.files.values()
+            for role, name in entry.files.items()
+            if entry.requires.capabilities is not None or role.startswith(PACKAGE)
         }
-        """Files that a card's driver would execute."""
+        """Files that a card's driver, or the processor, would execute."""
 
     def verify(self, *, without: Collection[str] = (), hold: bool = True) -> None:
         """Hash every file but those `without`, which are hashed if they are ever read.

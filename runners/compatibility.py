@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from profiles.errors import DeviceMismatch, KilnError, MissingError, OutOfMemory
 from profiles.facts import Facts
 from profiles.gpu import SINCE, lacking
+from profiles.hardware import BF16
 from profiles.target import parse_target
 from runners.manifest import Manifest
 from runners.needs import Outcome, Reason, findings
@@ -83,7 +84,7 @@ def compatibility(
 def _options(verdict: Verdict, manifest: Manifest) -> str:
     """What a rebuild for the machine must ask for otherwise than the recipe does."""
     if verdict.reason is Reason.BUILD_ISA_MISSING:
-        return " --dtype fp32"
+        return " --dtype fp32" if BF16[0] in verdict.needed else ""
     if verdict.reason is not Reason.OTHER_CARD or not manifest.recipe.get("target"):
         return ""
     card = verdict.found.split(" ")[0]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from profiles.driver import Card
 from profiles.facts import Facts
+from profiles.hardware import BF16
 from profiles.libraries import version_of
 from profiles.target import sm
 from runners.requires import Groups, Requires
@@ -152,7 +153,9 @@ def _isa(need: Requires, facts: Facts) -> Finding | None:
 def _build_isa(need: Requires, facts: Facts) -> Finding | None:
     if not (missing := _missing(need, need.build_isa, facts)):
         return None
-    there, fix = f"{facts.cpu.name} lacks it", "compile it again with --dtype fp32"
+    there = f"{facts.cpu.name} lacks it"
+    bf16 = missing == " or ".join(BF16)
+    fix = "compile it again with --dtype fp32" if bf16 else "compile it again there"
     return Finding(Outcome.REBUILD, Reason.BUILD_ISA_MISSING, missing, there, fix)
 
 

@@ -22,8 +22,9 @@ SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "bat
 """What all bundles of the tests are compiled for; the tiny model's native size is 64."""
 
 
-HERE = tuple(name for name, backend in BACKENDS.items() if backend.device == "cpu")
-"""Backends whose engines every machine runs."""
+HERE = tuple(name for name, one in BACKENDS.items() if one.device == "cpu" and not one.compiler)
+"""Backends whose engines every machine runs. Those that compile C++ take minutes a bundle: they have
+tests of their own, in test_aoti.py, and the long ones in test_aoti_bundles.py."""
 
 
 class Ended(NamedTuple):

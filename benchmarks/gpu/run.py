@@ -1,9 +1,12 @@
 """What only a machine with a card can show, in one call: correctness first, then speed and memory.
 
     python -m benchmarks.gpu.run --section tensorrt --bundle out/bundle -o out/gpu.json
+    python -m benchmarks.gpu.run --section sdxl -o out/gpu.json
 
-A section takes under 8 minutes, needs no network, and merges its answers into the JSON file. What
-fails is an answer too, in the library's own words.
+The sections sd15, sdxl and flux need no bundle: full-size denoisers of random weights, eager, JIT
+and ahead of time; `--small` takes small ones, for a machine without a card. A section takes under 8
+minutes, needs no network, and merges its answers into the JSON file. What fails is an answer too,
+in the library's own words.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import click
 import torch
 
 from benchmarks.conditions import load_average, tool_versions
+from benchmarks.gpu.denoisers import DENOISERS, ROWS, measure_denoiser
+from benchmarks.gpu.peers import published
 from profiles.errors import KilnError
 from runners.bundle import Bundle, open_bundle
 from runners.engines.base import DeviceEngine
@@ -34,14 +39,36 @@ _ROUNDS, _WARM = 30, 5
 
 
 @click.command()
-@click.option("--section", type=click.Choice(["tensorrt"]), required=True)
-@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option("--section", type=click.Choice(["bundle", "tensorrt", *DENOISERS]), required=True)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Of the first two sections.")
 @click.option("--trust", type=click.Path(path_type=Path), help="NAME.pub of whoever signed it.")
+@click.option("--rows", default=",".join(ROWS), show_default=True, help="Ways of a denoiser.")
+@click.option("--small", is_flag=True, help="A small denoiser: for machines without a card.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="JSON file.")
-def main(section: str, bundle: Path, trust: Path | None, out: Path) -> None:
+def main(
+    section: str,
+    *,
+    bundle: Path | None,
+    trust: Path | None,
+    rows: str,
+    small: bool,
+    out: Path,
+) -> None:
     """Run a section and merge what it found into OUT."""
+    chosen = tuple(rows.split(","))
+    if unknown := set(chosen) - set(ROWS):
+        raise click.BadParameter(
+            f"{min(unknown)} is none of {', '.join(ROWS)}", param_hint="--rows"
+        )
+    if section in DENOISERS:
+        found = measure_denoiser(section, chosen, _interleaved, small=small)
+    elif bundle is None:
+        raise click.BadParameter(f"the section {section} measures one", param_hint="--bundle")
+    else:
+        found = _bundle(bundle, trust)
     document = json.loads(out.read_text("utf-8")) if out.is_file() else {}
-    document[section] = {"conditions": _conditions(), **_tensorrt(bundle, trust)}
+    document["published_by_others"] = published()
+    document[section] = {"conditions": _conditions(), **found}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     print(json.dumps(document[section], indent=1))
@@ -60,7 +87,7 @@ def _conditions() -> dict[str, Any]:
     return found
 
 
-def _tensorrt(path: Path, trust: Path | None) -> dict[str, Any]:
+def _bundle(path: Path, trust: Path | None) -> dict[str, Any]:
     """Every engine of the bundle: does it load, are its numbers right, how fast is it."""
     bundle = open_bundle(path, trust=load_trust(trust))
     rows = {}

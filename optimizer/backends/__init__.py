@@ -85,6 +85,8 @@ class Backend:
     """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
     forms: bool = True
     """Whether it builds a component's further graphs over the same weights (optimizer.forms)."""
+    compiler: bool = False
+    """Whether it needs a C++ compiler where it builds."""
     runs: Runs = field(kw_only=True)
 
 
@@ -169,6 +171,61 @@ BACKENDS: dict[str, Backend] = {
             build_memory=3.2,
             forms=False,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
+        ),
+        Backend(
+            "onnxruntime-cuda",
+            "onnx",
+            ("fp16", "bf16"),
+            "onnxruntime-gpu",
+            "optimizer.backends.onnxruntime_cuda",
+            frozenset({"w8a16", "w4a16"}),
+            device="gpu",
+            zero_points=False,
+            int4_axes=frozenset({2}),
+            factors=False,
+            forms=False,
+            runs=Runs("minimum", driver=_CUDA_13),
+        ),
+        Backend(
+            "aoti-cuda",
+            "torch",
+            ("bf16", "fp32"),
+            "torch",
+            "optimizer.backends.aoti_cuda",
+            _INTEGERS | {"fp8"},
+            device="gpu",
+            factors=False,
+            kernel_bytes=20_000_000,
+            compiler=True,
+            forms=False,
+            runs=Runs("exact", own_system=True, driver=_CUDA_13),
+        ),
+        Backend(
+            "aoti",
+            "torch",
+            ("fp32", "bf16"),
+            "torch",
+            "optimizer.backends.aoti",
+            _INTEGERS,
+            frozenset({("w8a8", 2), ("w8a8", 4)}),
+            factors=False,  # attention runs in one fused kernel of floats
+            kernel_bytes=2_500_000,
+            compiler=True,
+            forms=False,
+            runs=Runs("exact", own_system=True),  # native code, against torch's own C interface
+        ),
+        Backend(
+            "aoti-blocks",
+            "torch",
+            ("fp32", "bf16"),
+            "torch",
+            "optimizer.backends.aoti_blocks",
+            _INTEGERS - {"w8a8"},
+            factors=False,
+            kernel_bytes=2_500_000,
+            compiler=True,
+            forms=False,
+            runs=Runs("exact", own_system=True),
         ),
         Backend(
             "eager",

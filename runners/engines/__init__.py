@@ -15,6 +15,10 @@ ENGINES: dict[str, str] = {
     "onnxruntime": "runners.engines.onnxruntime:OnnxRuntimeEngine",
     "tensorrt-rtx": "runners.engines.tensorrt:TensorRtEngine",
     "tensorrt": "runners.engines.tensorrt:TensorRtEngine",
+    "onnxruntime-cuda": "runners.engines.onnxruntime_cuda:OnnxRuntimeCudaEngine",
+    "aoti-cuda": "runners.engines.aoti_cuda:AotiCudaEngine",
+    "aoti": "runners.engines.aoti:AotiEngine",
+    "aoti-blocks": "runners.engines.aoti_blocks:AotiBlocksEngine",
     "eager": "runners.engines.eager:EagerEngine",
 }
 

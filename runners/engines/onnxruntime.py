@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 import onnxruntime as ort
 
 from profiles.errors import BundleError
-from runners.engines.base import Array, Engine
+from runners.engines.base import Array, Buffer, Engine, Properties
 
-__all__ = ["ACCURACY", "OnnxRuntimeEngine"]
+__all__ = ["ACCURACY", "OnnxRuntimeEngine", "open_session"]
 
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 """What products of a weight-only layer are computed in: "1" is fp32, "4" (its default) int8."""
@@ -26,24 +27,7 @@ class OnnxRuntimeEngine(Engine):
     exhausted = ("failed to allocate memory", "bad allocation", "bad_alloc")
 
     def _open(self) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        accuracy = str(self.properties[ACCURACY])
-        options.add_session_config_entry(ACCURACY, accuracy)
-        self._same(ACCURACY, accuracy, options.get_session_config_entry(ACCURACY))
-        weights = memoryview(self.files["weights"])
-        if len(weights):
-            options.add_external_initializers_from_files_in_memory(
-                [str(self.properties["weights_location"])], [weights], [len(weights)]
-            )
-        try:
-            self._session = ort.InferenceSession(
-                bytes(self.files["graph"]), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated types of its own
-            raise BundleError(f"ONNX Runtime can't open the engine: {error}") from error
+        self._session = open_session(self.files, self.properties, threads=self.threads)
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         names = [spec.name for spec in self.signature.outputs]
@@ -51,3 +35,32 @@ class OnnxRuntimeEngine(Engine):
 
     def _close(self) -> None:
         del self._session
+
+
+def open_session(
+    files: Mapping[str, Buffer],
+    properties: Properties,
+    *,
+    threads: int,
+    provider: Any = "CPUExecutionProvider",
+) -> Any:
+    """A session of verified bytes; BundleError with ONNX Runtime's words where it can't be opened.
+
+    `provider` is a name, or a name and its settings.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    accuracy = str(properties[ACCURACY])
+    options.add_session_config_entry(ACCURACY, accuracy)
+    Engine._same(ACCURACY, accuracy, options.get_session_config_entry(ACCURACY))
+    weights = memoryview(files["weights"])
+    if len(weights):
+        options.add_external_initializers_from_files_in_memory(
+            [str(properties["weights_location"])], [weights], [len(weights)]
+        )
+    try:
+        return ort.InferenceSession(bytes(files["graph"]), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types of its own
+        raise BundleError(f"ONNX Runtime can't open the engine: {error}") from error

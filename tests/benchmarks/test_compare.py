@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from benchmarks import comparing, levels, prompts
+from benchmarks.compare import Wish
 from benchmarks.contestants import Contestant
 from benchmarks.measure import Measured
 from optimizer import compile as compiling
 from optimizer.compile import CompileResult
 from optimizer.prompts import read_prompts
-from profiles.errors import SpecError
+from profiles.errors import MissingError, SpecError
 from runners.bundle import read_manifest
 
 
@@ -179,3 +180,29 @@ def test_an_output_that_is_a_file_is_refused(kiln: Any, model: Path, tmp_path: P
     assert ended.code == 2
     assert f"can't write to {out}" in ended.sentence
     assert ended.sentence.endswith("name another folder with -o")
+
+
+def test_a_baseline_is_the_plain_pipeline_in_another_way(model: Path, tmp_path: Path) -> None:
+    from benchmarks.levels import baseline_contestants, plain_contestant
+    from optimizer.source import resolve
+
+    wish = Wish(str(model), tmp_path, ("none",), baselines=("torch.compile",))
+    source = resolve(str(model))
+    (found,) = baseline_contestants(wish, source)
+    plain = plain_contestant(source)
+    assert (found.name, found.kind, found.path) == ("torch.compile", "torch.compile", plain.path)
+    assert found.denoiser_bytes == plain.denoiser_bytes
+
+
+def test_a_baseline_that_is_not_known_or_not_installed_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import levels
+    from optimizer.source import resolve
+
+    with pytest.raises(SpecError, match=r"names 'tvm': use torch\.compile or torchao-int8"):
+        Wish("m", tmp_path, ("none",), baselines=("tvm",))  # type: ignore[arg-type]
+    monkeypatch.setattr(levels, "find_spec", lambda _name: None)
+    wish = Wish(str(model), tmp_path, ("none",), baselines=("torchao-int8",))
+    with pytest.raises(MissingError, match=r'pip install "kiln-diffusion\[torchao\]"'):
+        levels.baseline_contestants(wish, resolve(str(model)))

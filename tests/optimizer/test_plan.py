@@ -179,6 +179,19 @@ def test_a_format_that_the_backend_does_not_read_names_one_that_does(tiny_model:
     assert planned(tiny_model, quant="nf4", backend="eager").denoiser.layers
 
 
+def test_text_encoders_are_kept_unless_they_are_asked_for(tiny_model: Path) -> None:
+    def levels(**fields: Any) -> dict[str, tuple[str, set[str]]]:
+        jobs = planned(tiny_model, quant="none", backend="eager", **fields).jobs
+        return {job.spec.name: (job.quant, {s.format for s in job.layers.values()}) for job in jobs}
+
+    assert levels()["text_encoder"] == ("none", set())
+    asked = levels(text_quant="int8w")
+    assert asked["text_encoder"] == ("int8w", {"w8a16"})
+    assert asked["unet"] == ("none", set())
+    with pytest.raises(UnsupportedError, match="doesn't read nf4; use --backend eager"):
+        planned(tiny_model, quant="none", backend="onnxruntime", text_quant="nf4")
+
+
 def test_auto_needs_one_goal_and_only_auto_has_one(tiny_model: Path) -> None:
     for fields in ({}, {"budget": "0.2x", "min_quality": 30}):
         with pytest.raises(ValueError, match="--quant auto needs a goal"):

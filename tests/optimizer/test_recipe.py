@@ -27,7 +27,7 @@ def test_a_recipe_round_trips_through_a_file(tmp_path: Path) -> None:
         (
             {"backend": "tvm"},
             "--backend tvm is not known: use one of openvino, onnxruntime, tensorrt-rtx, "
-            "tensorrt, eager.",
+            "tensorrt, onnxruntime-cuda, aoti-cuda, aoti, aoti-blocks, eager.",
         ),
         ({"dtype": "fp8"}, "The recipe's dtype is wrong: Input should be 'auto', 'fp32', 'fp16' "),
         ({"batch": 0}, "The recipe's batch is wrong: Input should be greater than or equal to 1."),

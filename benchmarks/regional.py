@@ -1,0 +1,263 @@
+"""Compiling repeated blocks once against compiling a component whole: time, speed and numbers.
+
+Full-size denoisers take hours to compile whole on a desk's processor, so what is measured has the
+depth and the kinds of blocks of the real ones at small widths: time to compile grows with blocks,
+not with widths.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from optimizer.progress import Progress, Steps
+from runners.console import Console
+from runners.signature import Dim, Signature, TensorSpec
+
+__all__ = ["MODELS", "compare_regional", "measure", "text"]
+
+_ROUNDS = 15
+
+_FLUX = {
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
+    "in_channels": 64,
+    "joint_attention_dim": 256,
+    "num_attention_heads": 8,
+    "num_layers": 7,
+    "num_single_layers": 14,
+    "pooled_projection_dim": 64,
+}
+"""A third of FLUX.1's blocks (19 and 38), a twelfth of its width."""
+
+_UNET = {
+    "attention_head_dim": 4,
+    "block_out_channels": [64, 128, 128, 128],
+    "cross_attention_dim": 96,
+    "layers_per_block": 2,
+    "sample_size": 32,
+}
+"""Stable Diffusion 1.5's blocks, a fifth of its widths or less."""
+
+
+def _spec(name: str, *axes: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", axes=axes)
+
+
+_BATCH = Dim(name="batch", min=1, opt=1, max=8)
+_TOKENS = Dim(name="tokens", min=16, opt=77, max=512)
+
+MODELS: dict[str, tuple[str, dict[str, Any], str, Signature]] = {
+    "flux": (
+        "FluxTransformer2DModel",
+        _FLUX,
+        "flux_transformer",
+        Signature(
+            inputs=(
+                _spec("hidden_states", "batch", "sequence", 64),
+                _spec("encoder_hidden_states", "batch", "tokens", 256),
+                _spec("pooled_projections", "batch", 64),
+                _spec("time_features", "batch", 256),
+                _spec("img_rope", "sequence", 64),
+                _spec("txt_rope", "tokens", 64),
+            ),
+            outputs=(_spec("out", "batch", "sequence", 64),),
+            dims=(_BATCH, Dim(name="sequence", min=16, opt=1024, max=4096), _TOKENS),
+        ),
+    ),
+    "unet": (
+        "UNet2DConditionModel",
+        _UNET,
+        "unet",
+        Signature(
+            inputs=(
+                _spec("sample", "batch", 4, "height", "width"),
+                _spec("time_features", "batch", 64),
+                _spec("encoder_hidden_states", "batch", "tokens", 96),
+            ),
+            outputs=(_spec("out_sample", "batch", 4, "height", "width"),),
+            dims=(
+                _BATCH,
+                Dim(name="height", min=16, opt=48, max=64),
+                Dim(name="width", min=16, opt=48, max=64),
+                _TOKENS,
+            ),
+        ),
+    ),
+}
+"""Name -> diffusers class, its config, its wrapper, and how it is called."""
+
+
+def measure(console: Console) -> dict[str, Any]:
+    """Every model of `MODELS`, each in a process of its own."""
+    import psutil
+
+    from optimizer.worker import run_stage
+
+    threads = psutil.cpu_count(logical=False) or 1
+    found = {}
+    for name in MODELS:
+        with (
+            tempfile.TemporaryDirectory() as private,
+            console.stage(f"Compile {name}, whole and by its blocks") as stage,
+        ):
+            arguments = (name, threads, Path(private))
+            target = "benchmarks.regional:compare_regional"
+            run_stage(target, arguments, progress=stage.progress)
+            found[name] = json.loads((Path(private) / "regional.json").read_text("utf-8"))
+    return {"models": found}
+
+
+def text(found: Mapping[str, Any]) -> list[str]:
+    """The lines that `kiln bench` prints."""
+    lines = ["AOTInductor, blocks compiled once against whole:"]
+    for name, model in found["models"].items():
+        whole, blocks = model["rows"]["aoti"], model["rows"]["aoti-blocks"]
+        lines.append(
+            f"  {name:<6}{model['blocks']:>3} blocks: {blocks['build_seconds']} s of "
+            f"{whole['build_seconds']} s ({model['build_ratio']}x), {blocks['ms']} ms a call of "
+            f"{whole['ms']} ms ({model['speed_ratio']}x of the speed), {blocks['sqnr_db']} dB"
+        )
+    return lines
+
+
+def compare_regional(name: str, threads: int, out: Path, progress: Progress) -> None:
+    """Write regional.json into `out`: seconds to build and milliseconds a call of each way."""
+    import torch
+
+    cls, config, wrapper, signature = MODELS[name]
+    steps = Steps(progress, 3)
+    torch.set_num_threads(threads)
+    source = out / "source"
+    source.mkdir()
+    component = _write_source(cls, config, source)
+    rows: dict[str, dict[str, Any]] = {}
+    engines = {}
+    for backend in ("aoti-blocks", "aoti"):
+        folder = out / backend
+        folder.mkdir()
+        rows[backend], engines[backend] = _built(backend, wrapper, signature, source, folder)
+        steps.advance()
+    document = {
+        "parameters": sum(p.numel() for p in component.parameters()),
+        "blocks": _block_count(component),
+        "threads": threads,
+        "rows": _timed(component, wrapper, signature, engines, rows, threads),
+    }
+    whole, blocks = rows["aoti"], rows["aoti-blocks"]
+    document["build_ratio"] = round(blocks["build_seconds"] / whole["build_seconds"], 3)
+    document["speed_ratio"] = round(whole["ms"] / blocks["ms"], 3)
+    (out / "regional.json").write_text(json.dumps(document), "utf-8")
+    steps.advance()
+
+
+def _write_source(cls: str, config: dict[str, Any], source: Path) -> Any:
+    """Seeded random weights, as the compile pipeline stores a component for its backends."""
+    import diffusers
+    import safetensors.torch
+    import torch
+
+    from runners.engines.eager import eager_state
+
+    torch.manual_seed(0)
+    component = getattr(diffusers, cls)(**config).eval()
+    layers, state = eager_state(component)
+    safetensors.torch.save_file(state, source / "weights.safetensors")
+    (source / "layers.json").write_text(json.dumps(layers), "utf-8")
+    document = {**component.config, "_class_name": cls}
+    (source / "config.json").write_text(json.dumps(document), "utf-8")
+    return component
+
+
+def _block_count(component: Any) -> int:
+    names = {name for part in component.modules() for name in getattr(part, "_repeated_blocks", ())}
+    return sum(type(part).__name__ in names for part in component.modules())
+
+
+def _built(
+    backend: str, wrapper: str, signature: Signature, source: Path, folder: Path
+) -> tuple[dict[str, Any], Any]:
+    """The engine's row so far, and the engine."""
+    from optimizer.backends import How, builder
+    from runners.engines import engine_class
+
+    how = How(backend, "fp32", "denoiser", wrapper, signature)
+    start = time.perf_counter()
+    built = builder(backend).build(source, folder, how, lambda _done, _total: None)
+    seconds = time.perf_counter() - start
+    files = {role: bytearray((folder / name).read_bytes()) for role, name in built.files.items()}
+    code = sum(len(raw) for role, raw in files.items() if role.startswith("package"))
+    engine = engine_class(backend)(
+        files, signature=signature, properties=built.properties, threads=1
+    )
+    return {"build_seconds": round(seconds, 1), "code_bytes": code}, engine
+
+
+def _timed(
+    component: Any,
+    wrapper: str,
+    signature: Signature,
+    engines: dict[str, Any],
+    rows: dict[str, dict[str, Any]],
+    threads: int,
+) -> dict[str, dict[str, Any]]:
+    """The rows with times, all called in turn at the native size, and what each loses to eager."""
+    import numpy as np
+    import torch
+
+    from optimizer.numerics import sqnr_db
+    from runners.modules import WRAPPERS
+
+    generator = np.random.default_rng(0)
+    sizes = {dim.name: dim.opt for dim in signature.dims}
+    feeds = {
+        spec.name: generator.standard_normal(
+            [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes], np.float32
+        )
+        for spec in signature.inputs
+    }
+    module, inputs = WRAPPERS[wrapper](component), [torch.from_numpy(x) for x in feeds.values()]
+
+    def eager() -> Any:
+        with torch.inference_mode():
+            return module(*inputs)[0].numpy()
+
+    calls: dict[str, Callable[[], Any]] = {"eager": eager}
+    for name, engine in engines.items():
+        start = time.perf_counter()
+        engine.threads = threads
+        engine.__enter__()
+        rows[name]["load_seconds"] = round(time.perf_counter() - start, 2)
+        calls[name] = partial(_first_output, engine, feeds)
+    wanted = eager()
+    for name in engines:
+        rows[name]["sqnr_db"] = round(sqnr_db([(wanted, calls[name]())]), 1)
+    times = _interleaved(calls)
+    for engine in engines.values():
+        engine.close()
+    rows["eager"] = {}
+    for name, ms in times.items():
+        rows[name]["ms"] = ms
+    return rows
+
+
+def _first_output(engine: Any, feeds: Mapping[str, Any]) -> Any:
+    return next(iter(engine(feeds).values()))
+
+
+def _interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median milliseconds of each, called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(_ROUNDS + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return {name: round(1000 * statistics.median(found), 2) for name, found in times.items()}

@@ -1,0 +1,272 @@
+"""The component -> torch.export -> an AOTInductor package, native code for this kind of machine.
+
+With int8 products the weights are inside: inductor finds them by freezing, which repacks weights
+for oneDNN. Without, the package has none; they lie beside it in the eager engine's own file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from optimizer.backends import Built, How
+from optimizer.calls import traced_sizes
+from optimizer.compilers import require_compiler
+from optimizer.progress import Progress
+from profiles.errors import BuildError
+from runners.engines.aoti_package import scan_package, tensor_facts
+from runners.engines.eager import eager_module
+from runners.lowered import Product, lower_layers, processor_product, store_in
+from runners.modules import WRAPPERS
+from runners.needs import release
+from runners.signature import Signature
+
+__all__ = [
+    "FILES",
+    "INT8_KERNELS",
+    "SETTINGS",
+    "Typed",
+    "build",
+    "code_properties",
+    "compile_package",
+    "exported",
+    "low_bit_layers",
+    "needed_glibc",
+    "sized_inputs",
+    "typed_module",
+    "write_constants",
+]
+
+FILES = {
+    "package": "model.pt2",
+    "weights": "weights.safetensors",
+    "constants": "constants.safetensors",
+    "table": "constants.json",
+}
+"""What a file is to the engine -> its name."""
+
+SETTINGS = {
+    "cpp.march": "",  # what the ISA's own flags say, and no more: they are recorded
+    "cpp.dynamic_threads": True,  # else the number of threads is that of the build
+}
+"""Of inductor, for every package that runs on a processor."""
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INT8_KERNELS = re.compile(r"aoti_torch_cpu__q(?:linear|conv)_pointwise\w*\(")
+"""oneDNN's, in the generated code: a call a layer."""
+_GLIBC = re.compile(rb"GLIBC_(\d+)\.(\d+)")
+_FLAGS = {
+    "-mavx2": "avx2",
+    "-mavx512f": "avx512f",
+    "-mavx512bw": "avx512bw",
+    "-mavx512vnni": "avx512_vnni",
+    "-mavx512bf16": "avx512_bf16",
+    "-mamx-bf16": "amx_bf16",
+    "-mamx-int8": "amx_int8",
+}
+"""A compiler's flag -> the instruction set in profiles.hardware's words."""
+
+
+def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
+    """Write the package, and its weights where they aren't inside.
+
+    Raises MissingError without a C++ compiler, BuildError with torch's own words.
+    """
+    require_compiler(how.backend)
+    module, lowered = typed_module(source, how, processor_product)
+    frozen = any(layer.rounds for layer in lowered.values())
+    progress(1, 10)
+    program = exported(module, how.signature)
+    progress(3, 10)
+    more = {"freezing": frozen, "aot_inductor.package_constants_in_so": frozen}
+    code = compile_package(program, out / FILES["package"], {**SETTINGS, **more})
+    progress(9, 10)
+    files = {"package": FILES["package"]}
+    if not frozen:
+        files = dict(FILES)
+        write_constants(program, source / FILES["weights"], out)
+    properties = code_properties([out / FILES["package"]])
+    kernels = len(INT8_KERNELS.findall(code))
+    return Built(files, {**properties, "frozen": frozen, "low_bit_kernels": kernels})
+
+
+def low_bit_layers(engine: Any) -> int:
+    """The int8 kernels that the compiled code calls."""
+    return int(engine.properties["low_bit_kernels"])
+
+
+def typed_module(
+    source: Path, how: How, product: Product
+) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+    """The component with lowered layers as it is called, and those layers."""
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    layers = json.loads((source / "layers.json").read_text("utf-8"))
+    weights = (source / FILES["weights"]).read_bytes()
+    component = eager_module(config, layers, weights)
+    lowered = lower_layers(component, product)
+    dtype = _DTYPES[how.dtype]
+    store_in(component, dtype)
+    return Typed(WRAPPERS[how.wrapper](component), dtype).eval().requires_grad_(False), lowered
+
+
+class Typed(nn.Module):
+    """float32 in and out, another dtype inside."""
+
+    def __init__(self, wrapper: nn.Module, dtype: torch.dtype) -> None:
+        """Take a wrapper of runners.modules whose weights are in `dtype`."""
+        super().__init__()
+        self.wrapper, self.dtype = wrapper, dtype
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the wrapper gives."""
+        cast = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
+        return tuple(y.to(torch.float32) for y in self.wrapper(*cast))
+
+
+def sized_inputs(
+    signature: Signature, sizes: Mapping[str, int], device: str = "cpu"
+) -> list[Tensor]:
+    """Unit noise and small token ids of these sizes, in the signature's order."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for spec in signature.inputs:
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            tensor = torch.randn(shape, generator=generator, dtype=dtype)
+        else:
+            tensor = torch.randint(0, 8, shape, generator=generator, dtype=dtype)
+        found.append(tensor.to(device))
+    return found
+
+
+def exported(module: nn.Module, signature: Signature, device: str = "cpu") -> Any:
+    """torch.export's program with the signature's ranges, widened to what it was traced with."""
+    sizes, hint = traced_sizes(signature), torch.export.Dim.DYNAMIC
+    dims = {
+        dim.name: hint(min=min(dim.min, sizes[dim.name]), max=max(dim.max, sizes[dim.name]))
+        for dim in signature.dims
+        if not dim.fixed
+    }
+    shapes = tuple(
+        {i: dims[axis] for i, axis in enumerate(spec.axes) if axis in dims}
+        for spec in signature.inputs
+    )
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module,
+                tuple(sized_inputs(signature, sizes, device)),
+                dynamic_shapes=(shapes,),
+                strict=False,
+            )
+    except Exception as error:  # torch.export raises a dozen types of its own
+        raise BuildError(f"torch.export failed: {_first(error)}.", log=str(error)) from error
+
+
+def compile_package(program: Any, path: Path, settings: Mapping[str, Any]) -> str:
+    """Write a package of the compiled code without its sources, which are returned."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package.package import package_aoti
+
+    options = {**settings, "aot_inductor.package": True}
+    arguments, keywords = program.example_inputs
+    with _own_cache(path.parent), torch.no_grad():
+        try:
+            found: Any = aot_compile(
+                program.module(check_guards=False), arguments, keywords, options=options
+            )
+        except Exception as error:  # inductor and its compiler raise what they like
+            raise BuildError(f"inductor failed: {_first(error)}.", log=str(error)) from error
+        files = [str(name) for name in found]
+        code = "".join(Path(name).read_text("utf-8") for name in files if name.endswith(".cpp"))
+        kept = [name for name in files if name.endswith((".so", "_metadata.json", ".cubin"))]
+        kept = [name for name in kept if not name.endswith(".kernel_metadata.json")]
+        package_aoti(str(path), {"model": kept})  # type: ignore[dict-item]
+    scan_package(path.read_bytes())
+    return code
+
+
+@contextmanager
+def _own_cache(parent: Path) -> Iterator[None]:
+    """A cache of inductor's that ends with the build, and low-bit weights that stay folded up."""
+    from torch._inductor.constant_folding import add_dont_constant_fold
+    from torch._inductor.utils import fresh_cache
+
+    aten = torch.ops.aten
+    for operator in (
+        aten.bitwise_and.Scalar,
+        aten.bitwise_and.Tensor,
+        aten.__rshift__.Scalar,
+        aten.bitwise_right_shift.Tensor_Scalar,
+    ):
+        add_dont_constant_fold(operator)
+    with tempfile.TemporaryDirectory(dir=parent) as private, fresh_cache(dir=private):
+        yield
+
+
+def write_constants(program: Any, weights: Path, out: Path) -> None:
+    """The eager engine's weight file as it is, what it lacks beside it, and who is who."""
+    shutil.copyfile(weights, out / FILES["weights"])
+    stored = safetensors.torch.load_file(weights)
+    table: dict[str, list[Any]] = {}
+    more: dict[str, Tensor] = {}
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:  # a part that nothing calls
+            continue
+        tensor = tensor.detach().cpu()
+        key = _stored_name(name, stored)
+        role = "weights"
+        if key is None or not _same(stored[key], tensor):
+            role, key = "constants", name
+            more[name] = tensor.contiguous().clone()
+        table[name] = [role, key, *tensor_facts(tensor)]
+    safetensors.torch.save_file(more, out / FILES["constants"])
+    (out / FILES["table"]).write_text(json.dumps(table), "utf-8")
+
+
+def _stored_name(name: str, stored: Mapping[str, Tensor]) -> str | None:
+    """The weight file's name: the program's without the names of what wraps the component."""
+    parts = name.split(".")
+    tails = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((tail for tail in tails if tail in stored), None)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def code_properties(packages: Sequence[Path]) -> dict[str, str | int | float | bool]:
+    """What packages need where they run: torch's version, instruction sets, glibc."""
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "isa": ",".join(built_isa()),
+        "glibc": max((needed_glibc(path.read_bytes()) for path in packages), key=release),
+    }
+
+
+def built_isa() -> list[str]:
+    """The instruction sets that inductor lets the compiler use here."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    flags = pick_vec_isa().build_arch_flags().split()
+    return sorted({_FLAGS[flag] for flag in flags if flag in _FLAGS})
+
+
+def needed_glibc(package: bytes) -> str:
+    """The newest version of glibc whose symbols the code names; "" where it names none."""
+    found = [(int(one), int(two)) for one, two in _GLIBC.findall(package)]
+    return ".".join(map(str, max(found))) if found else ""
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,196 @@
+"""An AOTInductor package: scanned as bytes, loaded from a private folder, given its weights.
+
+A package is a zip that holds native code, which runs as soon as it is loaded. So nothing of it is
+loaded before its names, sizes and platform are those of a package that kiln built; and one without
+weights is never called before it has them all, because that would end the process (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiles.errors import BundleError, DeviceMismatch
+from profiles.hardware import read_cpu, read_machine
+from runners.engines.base import Buffer, Properties
+from runners.private import private_folder, write_flushed
+
+__all__ = ["Package", "read_tensors", "require_platform", "scan_package", "tensor_facts"]
+
+_NAMES = re.compile(
+    r"[A-Za-z0-9_.-]+/(?:archive_format|archive_version|byteorder"
+    r"|\.data/version|\.data/serialization_id"
+    r"|data/aotinductor/model/[A-Za-z0-9_-]+(?:\.wrapper)?(?:\.so|_metadata\.json|\.cubin))"
+)
+"""All that torch 2.13 writes into a package whose sources were left out."""
+_FILES = 4096
+"""A package has one library, and on a card a file for each kernel."""
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+def scan_package(raw: Buffer) -> dict[str, str]:
+    """torch's own metadata of a package; BundleError unless it holds what a package holds."""
+    stream: Any = raw if isinstance(raw, mmap) else io.BytesIO(raw)
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+            _require_plain(entries, len(raw))
+            found = [name for name in archive.namelist() if name.endswith(".wrapper_metadata.json")]
+            if len(found) != 1:
+                raise BundleError("The package has no metadata of its library: nothing is loaded.")
+            metadata = json.loads(archive.read(found[0]))
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        raise BundleError(
+            f"The package can't be read ({error}): nothing is loaded; copy or compile the bundle "
+            "again."
+        ) from error
+    return {str(name): str(value) for name, value in metadata.items()}
+
+
+def _require_plain(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
+    roots = {entry.filename.partition("/")[0] for entry in entries}
+    names = [entry.filename for entry in entries]
+    strange = [name for name in names if not _NAMES.fullmatch(name) or ".." in name.split("/")]
+    if strange or len(roots) != 1 or len(set(names)) != len(names):
+        raise BundleError(
+            f"The package holds {(strange or sorted(names))[0]!r}, which no package of kiln's "
+            "does: nothing is loaded; compile the bundle again."
+        )
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    encrypted = any(entry.flag_bits & 1 for entry in entries)
+    if not stored or encrypted or sum(entry.file_size for entry in entries) > size:
+        raise BundleError("The package is packed otherwise than kiln packs: nothing is loaded.")
+    if len(entries) > _FILES or sum(name.endswith(".wrapper.so") for name in names) != 1:
+        raise BundleError("The package doesn't hold exactly one library: nothing is loaded.")
+
+
+def require_platform(properties: Properties, metadata: Mapping[str, str]) -> None:
+    """Raise DeviceMismatch, with both values, where the package is for another torch or machine."""
+    wanted = str(properties["torch"])
+    if torch.__version__.partition("+")[0] != wanted:
+        raise DeviceMismatch(
+            f"The engine was built by torch {wanted}, and {torch.__version__} is installed: run "
+            f'pip install "torch=={wanted}", or compile the bundle again.'
+        )
+    here = (platform.system().lower(), read_machine())
+    there = (metadata.get("AOTI_PLATFORM", "?"), metadata.get("AOTI_MACHINE", "?"))
+    if here != there:
+        raise DeviceMismatch(
+            f"The engine was built for {' '.join(there)}, and this machine is {' '.join(here)}: "
+            "compile the bundle again here."
+        )
+    cpu = read_cpu()
+    lacking = sorted({name for name in str(properties["isa"]).split(",") if name} - set(cpu.isa))
+    if lacking:
+        raise DeviceMismatch(
+            f"The engine was built for {properties['isa']}, and {cpu.name} lacks "
+            f"{', '.join(lacking)}: compile the bundle again here."
+        )
+
+
+def read_tensors(raw: Buffer) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as views of the very bytes; BundleError for another file.
+
+    The library's own loader copies them, and weights in a mapping needn't be in memory twice.
+    """
+    if not len(raw):
+        return {}
+    view = memoryview(raw)
+    try:
+        start = 8 + int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8:start]))
+        header.pop("__metadata__", None)
+        return {name: _view(raw, start, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BundleError(f"The engine's weights can't be read: {error}.") from error
+
+
+def _view(raw: Buffer, start: int, entry: Mapping[str, Any]) -> Tensor:
+    dtype, (low, high) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+    if not 0 <= low <= high <= len(raw) - start:
+        raise ValueError("a tensor lies outside of the file")
+    if low == high:
+        return torch.empty(entry["shape"], dtype=dtype)
+    count = (high - low) // dtype.itemsize
+    writable: Any = bytearray(raw) if isinstance(raw, bytes) else raw
+    return torch.frombuffer(writable, dtype=dtype, count=count, offset=start + low).view(
+        entry["shape"]
+    )
+
+
+def tensor_facts(tensor: Tensor) -> list[Any]:
+    """What a weight must agree with: its type's name and its shape."""
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+class Package:
+    """A loaded package, callable once it has all its weights."""
+
+    def __init__(self, raw: Buffer, *, single_threaded: bool = False) -> None:
+        """Load scanned bytes; BundleError with torch's own words where that fails."""
+        with private_folder(Path(tempfile.gettempdir()), "package") as folder:
+            path = folder / "model.pt2"
+            write_flushed(path, bytes(raw))
+            try:
+                self._model = torch._inductor.aoti_load_package(
+                    str(path), run_single_threaded=single_threaded
+                )
+            except RuntimeError as error:
+                raise BundleError(
+                    f"torch can't load the package: {str(error).strip().splitlines()[0]}; compile "
+                    "the bundle again."
+                ) from error
+        self._wanted = set(self._model.get_constant_fqns())
+        self._ready = False
+        self._kept: dict[str, Tensor] = {}
+
+    def hold_own(self) -> None:
+        """Say that the weights are inside."""
+        self._ready = True
+
+    def give(self, constants: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Let the package read `constants` where they lie; `facts` says their types and shapes.
+
+        Raises BundleError unless every constant is there, as it must be.
+        """
+        if missing := sorted(self._wanted - set(constants)):
+            raise BundleError(f"The engine's weights lack {missing[0]}: compile the bundle again.")
+        used = {name: constants[name] for name in self._wanted}
+        for name, tensor in used.items():
+            if tensor_facts(tensor) != list(facts[name]):
+                raise BundleError(
+                    f"The engine's weight {name} is {tensor_facts(tensor)}, and the package needs "
+                    f"{list(facts[name])}: compile the bundle again."
+                )
+        if used:
+            self._model.load_constants(used, check_full_update=True, user_managed=True)
+        self._kept, self._ready = used, True
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run on the inputs that it was exported with, in order."""
+        if not self._ready:
+            raise RuntimeError("the package has no weights yet: calling it would end the process")
+        found: list[Tensor] = self._model.loader.boxed_run(list(inputs))
+        return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ _OTHER_KINDS = {
     "oft_": "OFT",
 }
 """Parts of keys -> the methods that use them, which aren't sums of a product of two matrices."""
+
+_OLD_TEXT = re.compile(r"\.to_(q|k|v|out)_lora\.")
+"""Of a text encoder, in diffusers' oldest layout, into which kohya's is brought; diffusers 0.42
+itself misses it where a file has no part for the output."""
 
 _SHOWN = 3
 
@@ -199,7 +204,8 @@ def _to_peft(component: str, state: dict[str, Any]) -> dict[str, Any]:
     try:
         if not component.startswith("text_encoder"):
             return dict(convert_unet_state_dict_to_peft(state))
-        return dict(convert_state_dict_to_peft(convert_state_dict_to_diffusers(state)))
+        named = {_OLD_TEXT.sub(r".\1_proj.lora_linear_layer.", key): x for key, x in state.items()}
+        return dict(convert_state_dict_to_peft(convert_state_dict_to_diffusers(named)))
     except ValueError as error:
         raise _OddKeysError([f"{component}.{key}" for key in state]) from error
 

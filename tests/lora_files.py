@@ -18,7 +18,7 @@ TARGETS = {
         *("conv1", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv"),
     ],
     "transformer": ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"],
-    "text_encoder": ["q_proj", "v_proj", "fc1"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"],
     "text_encoder_2": ["k_proj", "fc2"],
 }
 """Attention and feed-forward parts, and convolutions with a kernel, a stride and without."""

@@ -18,6 +18,8 @@ from tests.conftest import HERE, Ended, Kiln, MakeBundle
 from tests.lora_files import kohya_lora, peft_lora
 from tests.tiny_pipelines import tiny_flux, tiny_sdxl
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft, stacking
+
 PROMPT = "a red circle on the left"
 
 

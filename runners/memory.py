@@ -240,7 +240,8 @@ def choose(found: Iterable[Row], available_bytes: int) -> Row:
 
 
 def smaller(found: Iterable[Row], row: Row, *, same_variant: bool) -> Row | None:
-    """The next row after `row` that takes less than it, if there is one: a step of the ladder.
+    """The next row after `row` that takes less in a stage and more in none, if there is one: a step
+    of the ladder. The stage that ran out of memory needn't be the one that is predicted largest.
 
     Only rows of the same variant where the quality mustn't change.
     """
@@ -248,7 +249,10 @@ def smaller(found: Iterable[Row], row: Row, *, same_variant: bool) -> Row | None
     for other in found[found.index(row) + 1 :]:
         if same_variant and other.way.variant != row.way.variant:
             continue
-        if other.peak_bytes < row.peak_bytes:
+        pairs = list(zip(other.stages, row.stages, strict=True))
+        if all(new.peak_bytes <= old.peak_bytes for new, old in pairs) and any(
+            new.peak_bytes < old.peak_bytes for new, old in pairs
+        ):
             return other
     return None
 

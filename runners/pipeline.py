@@ -236,7 +236,7 @@ def _controls_of(manifest: Manifest, asked: Sequence[str] | None) -> tuple[str, 
 
 def _choose_card(bundle: Bundle) -> None:
     """Make the largest card that the engines run on the current one."""
-    wanted = [entry.requires.capabilities for entry in bundle.manifest.engines]
+    wanted = [entry.requires.capabilities for entry in bundle.manifest.components]
     fitting = {
         index: torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())

@@ -118,7 +118,7 @@ def test_a_smaller_variant_only_where_that_is_allowed(
     assert not (tmp_path / "a.png").exists()
     ended = draw("--allow-variant-fallback", "-o", tmp_path / "a.png", levels="none,int8w")
     assert ended.code == 0, ended.err
-    assert "goes on with int8w, all parts kept." in ended.err
+    assert "goes on with int8w, one part at a time." in ended.err
     assert read_metadata(tmp_path / "a.png")["way"]["variant"] == "int8w"
 
 

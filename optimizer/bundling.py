@@ -158,7 +158,7 @@ def _with_picture(plan: Plan, manifest: Manifest, folder: Path, draw: Draw) -> M
     entry = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
     files = {**manifest.files, _PICTURE: entry}
     peak = json.loads(drawn.with_name(PEAK_NAME).read_text("utf-8"))["peak_rss_bytes"]
-    memory = calibrated(manifest, side=picture.side, peak_bytes=peak)
+    memory = manifest.memory or calibrated(manifest, side=picture.side, peak_bytes=peak)
     return manifest.model_copy(update={"files": files, "picture": picture, "memory": memory})
 
 
@@ -310,10 +310,17 @@ def _manifest(plan: Plan, made: Made, entries: list[ComponentEntry], folder: Pat
             for name, found in file_digests(folder).items()
         },
         tools=versions(libraries),
-        memory=None if all(entry.ran for entry in entries) else predicted_base(plan.denoiser),
+        memory=None
+        if all(map(_measured, made.engines.values()))
+        else predicted_base(plan.denoiser),
         observed=Observed(host=_host(made.hardware), build_seconds=round(made.seconds, 1)),
         speed=made.speed and Speed(**json.loads((made.speed / "speed.json").read_text("utf-8"))),
     )
+
+
+def _measured(engine: Path) -> bool:
+    """Whether what the engine takes was measured, by which the base can be calibrated."""
+    return json.loads((engine / "built.json").read_text("utf-8"))["memory"] is not None
 
 
 def _controls(source: ModelSource) -> tuple[ControlEntry, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from optimizer.backends import Built, builder
+from optimizer.backends import Built, backend, builder
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.footprint import measure
 from optimizer.forms import neutral_feeds, prepared_forms
@@ -73,7 +73,8 @@ def build_and_check(
         alone = {name: engine_db(engine, [call]) for name, call in sampled.items()}
         low_bit = builder(job.backend).low_bit_layers(engine) if ran else built.low_bit_layers
     first = next(iter(calls.values()))
-    memory = measure(job, built, folder=out, call=first) if ran else None
+    on_processor = backend(job.backend).device == "cpu"
+    memory = measure(job, built, folder=out, call=first) if ran and on_processor else None
     _require_low_bits(job, low_bit)
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])

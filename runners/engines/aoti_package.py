@@ -38,7 +38,7 @@ _NAMES = re.compile(
 _FILES = 4096
 """A package has one library, and on a card a file for each kernel."""
 # What torch._inductor.aoti_load_package calls: importing inductor takes longer than all packages
-# of a bundle, and a machine that runs them needs nothing of it. The engine's torch is the builder's.
+# of a bundle, and what runs them needs nothing of it. An engine's torch is its builder's own.
 _INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE = False, True, True
 
 _DTYPES = {

@@ -24,7 +24,7 @@ SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "bat
 
 HERE = tuple(name for name, one in BACKENDS.items() if one.device == "cpu" and not one.compiler)
 """Backends whose engines every machine runs. Those that compile C++ take minutes a bundle: they
-have tests of their own, in test_aoti.py, and the long ones in test_aoti_bundles.py."""
+have tests of their own, in test_aoti.py, and long ones in test_aoti_bundles.py."""
 
 
 class Ended(NamedTuple):

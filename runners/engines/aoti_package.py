@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader
 
 from profiles.errors import BundleError, DeviceMismatch
 from profiles.hardware import read_cpu, read_machine
@@ -36,6 +37,10 @@ _NAMES = re.compile(
 """All that torch 2.13 writes into a package whose sources were left out."""
 _FILES = 4096
 """A package has one library, and on a card a file for each kernel."""
+# What torch._inductor.aoti_load_package calls: importing inductor takes longer than all packages
+# of a bundle, and what runs them needs nothing of it. An engine's torch is its builder's own.
+_INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE = False, True, True
+
 _DTYPES = {
     "BF16": torch.bfloat16,
     "BOOL": torch.bool,
@@ -154,15 +159,13 @@ class Package:
             path = folder / "model.pt2"
             write_flushed(path, bytes(raw))
             try:
-                self._model = torch._inductor.aoti_load_package(
-                    str(path), run_single_threaded=single_threaded
-                )
+                self._loader = AOTIModelPackageLoader(str(path), "model", single_threaded, 1, -1)
             except RuntimeError as error:
                 raise BundleError(
                     f"torch can't load the package: {str(error).strip().splitlines()[0]}; compile "
                     "the bundle again."
                 ) from error
-        self._wanted = set(self._model.get_constant_fqns())
+        self._wanted = set(self._loader.get_constant_fqns())
         self._ready = False
         self._kept: dict[str, Tensor] = {}
 
@@ -185,12 +188,12 @@ class Package:
                     f"{list(facts[name])}: compile the bundle again."
                 )
         if used:
-            self._model.load_constants(used, check_full_update=True, user_managed=True)
+            self._loader.load_constants(used, _INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE)
         self._kept, self._ready = used, True
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run on the inputs that it was exported with, in order."""
         if not self._ready:
             raise RuntimeError("the package has no weights yet: calling it would end the process")
-        found: list[Tensor] = self._model.loader.boxed_run(list(inputs))
+        found: list[Tensor] = self._loader.boxed_run(list(inputs))
         return found

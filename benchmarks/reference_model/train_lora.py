@@ -80,7 +80,7 @@ def train_lora(pipeline: StableDiffusionPipeline, steps: int, scenes: int) -> li
         chosen = torch.randint(len(latents), (_BATCH,))
         loss = _loss(pipeline, latents[chosen], ids[chosen])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))

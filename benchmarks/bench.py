@@ -398,9 +398,9 @@ def _text(document: dict[str, Any]) -> str:
             )
     for name, title in (("memory", "reference model"), ("memory-full", "full-size models")):
         if found := document.get(name):
-            from benchmarks.memory import text
+            from benchmarks.memory import text as memory_text
 
-            lines += text(found, title)
+            lines += memory_text(found, title)
     for name in ("lora", "lora-full-size"):
         if found := document.get(name):
             lines.append(
@@ -409,7 +409,7 @@ def _text(document: dict[str, Any]) -> str:
                 f"{found['speed_with_lora']:.2f}x of the speed without"
             )
     if found := document.get("aoti"):
-        from benchmarks.regional import text
+        from benchmarks.regional import text as aoti_text
 
-        lines += text(found)
+        lines += aoti_text(found)
     return "\n".join(lines)

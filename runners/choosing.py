@@ -5,7 +5,7 @@ The same rows, and the same choice among them, are what `kiln plan` prints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,8 +66,9 @@ def chosen(
     wanted: Wanted,
     *,
     facts: Callable[[], Facts],
+    controls: Collection[str] = (),
 ) -> Choice:
-    """The way to draw `request` at `size` (width, height).
+    """The way to draw `request` at `size` (width, height), with these control networks.
 
     `facts` are read where the free memory counts. Raises SpecError for what contradicts the bundle
     or itself, OutOfMemory, saying what the smallest way needs, where none fits.
@@ -80,7 +81,7 @@ def chosen(
         guided=is_guided(manifest, request.guidance),
         from_picture=request.image is not None,
     )
-    parts = parts_of(manifest)
+    parts = parts_of(manifest, controls)
     if parts is None:
         return _unmeasured(manifest, asked, wanted)
     found = rows(

@@ -183,7 +183,14 @@ def _loaded(
     manifest = trusted_manifest(bundle, trust=load_trust(load.keywords["trust"]))
     drawing = drawing_of(request, manifest)
     controls = controls_of(request.controls, manifest, drawing)
-    choice = chosen(manifest, request, drawing.size, wanted, facts=partial(facts_for, manifest))
+    choice = chosen(
+        manifest,
+        request,
+        drawing.size,
+        wanted,
+        facts=partial(facts_for, manifest),
+        controls=controls.networks,
+    )
     console.info(choice.sentence)
     way = choice.ladder.way
     with console.stage(f"Load {bundle}"):

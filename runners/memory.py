@@ -8,7 +8,7 @@ libraries included; on a card, what the card's memory holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -170,6 +170,8 @@ class Parts:
     pipeline: PipelineMemory
     tile: int
     """Side in pixels of the VAE's tiles; larger pictures may be decoded in tiles."""
+    controls: tuple[PartMemory, ...] = ()
+    """The control networks that take turns with the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,10 @@ def smaller(found: Iterable[Row], row: Row, *, same_variant: bool) -> Row | None
     return None
 
 
-def parts_of(manifest: Manifest) -> Parts | None:
-    """The parts of a bundle; None where it carries no measurement (older than schema 4)."""
+def parts_of(manifest: Manifest, controls: Collection[str] = ()) -> Parts | None:
+    """The parts of a bundle, of its control networks those named; None where it carries no
+    measurement (older than schema 4).
+    """
     memory = {entry.name: entry.memory for entry in manifest.engines}
     if manifest.memory is None or any(part is None for part in memory.values()):
         return None
@@ -273,6 +277,7 @@ def parts_of(manifest: Manifest) -> Parts | None:
         encoder=by_role.get("vae_encoder", [None])[0],
         pipeline=manifest.memory,
         tile=manifest.native_size,
+        controls=tuple(part for name, part in memory.items() if name in controls and part),
     )
 
 
@@ -319,7 +324,8 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
     read when it opens, and go with it.
     """
     denoiser, rest = parts.denoisers[way.variant], (asked.count or 0) % way.batch
-    whole = [*parts.text_encoders, denoiser, parts.decoder, *filter(None, [parts.encoder])]
+    turns = (denoiser, *parts.controls)
+    whole = [*parts.text_encoders, *turns, parts.decoder, *filter(None, [parts.encoder])]
     keeps = way.residency == "keep"
     base = parts.pipeline.base_bytes + (sum(part.held_bytes for part in whole) if keeps else 0)
     kept = 0
@@ -342,11 +348,10 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
     prompts = 2 if asked.guided else 1
     step = Shape(prompts * way.batch, asked.pixels, asked.tokens)
     last = Shape(prompts * rest, asked.pixels, asked.tokens)
-    yield Stage(
-        "denoising",
-        base + kept + denoiser.peak_bytes(step) + _again(denoiser, last) + _read(denoiser, way),
-    )
-    kept += denoiser.open_bytes(step) + _again(denoiser, last) if keeps else 0
+    stays = sum(part.open_bytes(step) + _again(part, last) for part in turns)
+    rise = max(part.peak_bytes(step) - part.open_bytes(step) for part in turns)
+    yield Stage("denoising", base + kept + stays + rise + sum(_read(part, way) for part in turns))
+    kept += stays if keeps else 0
 
     decoding = max(parts.decoder.peak_bytes(vae), parts.decoder.open_bytes(vae) + pictures)
     if not way.tiled:

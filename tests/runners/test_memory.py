@@ -79,6 +79,15 @@ def test_kept_parts_add_up_and_sequential_ones_do_not() -> None:
     assert alone.peak_bytes == peaks["denoising"]
 
 
+def test_control_networks_stay_open_beside_the_denoiser() -> None:
+    pixels = 2 * 32 * 32
+    controlled = replace(PARTS, controls=(part(3000, 2.0), part(1000, 1.0)))
+    alone = rows(controlled, Asked(32, 32), residency="sequential", tiled=False)[0]
+    peaks = {stage.name: stage.peak_bytes for stage in alone.stages}
+    stays = 8000 + 3000 + 1000 + (1 + 2 + 1) * pixels
+    assert peaks["denoising"] == 1000 + stays + 10 + 2 * pixels
+
+
 def test_files_in_memory_count_in_every_stage() -> None:
     held = replace(PARTS, encoder=part(200, 4.0, held=77))
     kept = (rows(parts, ASKED, residency="keep") for parts in (PARTS, held))

@@ -20,8 +20,13 @@ Limit = Callable[[Callable[[Any, dict[str, Any]], bool]], None]
 
 
 @pytest.fixture
-def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
-    """`limit(too_large)`: engines get no memory for what `too_large(engine, feeds)` says."""
+def limit(monkeypatch: pytest.MonkeyPatch, bundle: MakeBundle) -> Limit:
+    """`limit(too_large)`: engines get no memory for what `too_large(engine, feeds)` says.
+
+    Bundles are made before, by engines that do.
+    """
+    for levels in ("none", "none,int8w"):
+        bundle("onnxruntime", levels)
     run = onnxruntime.OnnxRuntimeEngine._run
 
     def limited(too_large: Callable[[Any, dict[str, Any]], bool]) -> None:

@@ -173,6 +173,7 @@ def _loaded(
     """
     from runners.bundle import trusted_manifest
     from runners.choosing import chosen
+    from runners.compatibility import require_compatible
     from runners.control_images import controls_of
     from runners.drawing import drawing_of
     from runners.installed import located
@@ -183,13 +184,10 @@ def _loaded(
     manifest = trusted_manifest(bundle, trust=load_trust(load.keywords["trust"]))
     drawing = drawing_of(request, manifest)
     controls = controls_of(request.controls, manifest, drawing)
+    facts = facts_for(manifest)
+    require_compatible(manifest, facts, manifest.denoiser(wanted.variant).quant)
     choice = chosen(
-        manifest,
-        request,
-        drawing.size,
-        wanted,
-        facts=partial(facts_for, manifest),
-        controls=controls.networks,
+        manifest, request, drawing.size, wanted, facts=lambda: facts, controls=controls.networks
     )
     console.info(choice.sentence)
     way = choice.ladder.way

@@ -263,8 +263,8 @@ def test_a_size_that_no_engine_was_compiled_for_names_the_nearest(
 
 def test_an_engine_opens_at_its_first_call(bundle: MakeBundle) -> None:
     pipeline = runners.load(bundle("onnxruntime"))
-    assert not pipeline.kiln._engines
+    assert not pipeline.kiln._open._engines
     drawn(pipeline)
-    assert set(pipeline.kiln._engines) == {"text_encoder", "unet", "vae_decoder"}
+    assert set(pipeline.kiln._open._engines) == {"text_encoder", "unet", "vae_decoder"}
     pipeline.kiln.close()
-    assert not pipeline.kiln._engines
+    assert not pipeline.kiln._open._engines

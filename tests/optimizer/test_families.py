@@ -126,7 +126,10 @@ def test_edits_are_diffusers_own(
         ours.kiln.close()
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "name",
+    ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "flux"))],
+)
 def test_quantized_denoisers_lose_no_more_than_their_oracle(
     models: Callable[[str], Path], bundle: MakeBundle, name: str
 ) -> None:

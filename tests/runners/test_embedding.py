@@ -278,7 +278,13 @@ def engines(
 
 
 @pytest.mark.parametrize(
-    ("name", "clip_skip"), [("sd1", None), ("sdxl", 1), ("sd3", None), ("flux", None)]
+    ("name", "clip_skip"),
+    [
+        ("sd1", None),
+        ("sdxl", 1),
+        pytest.param("sd3", None, marks=pytest.mark.slow),
+        pytest.param("flux", None, marks=pytest.mark.slow),
+    ],
 )
 def test_a_long_weighted_prompt_draws_on_engines_what_it_draws_in_eager(
     engines: Callable[[str], tuple[Any, Any]], name: str, clip_skip: int | None

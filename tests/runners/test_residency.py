@@ -72,7 +72,7 @@ def test_residency_can_change_between_pictures(opened: Any) -> None:
 def test_a_controlnet_and_the_denoiser_stay_together(opened: Any) -> None:
     made: list[str] = []
 
-    def make(entry: Any) -> Any:
+    def make(entry: Any, _form: str) -> Any:
         made.append(entry.name)
         return engines.engine_class("openvino")(
             {"weights": b""}, signature=entry.signature, properties={}, threads=1

@@ -94,10 +94,13 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
 
     made = bundle("tensorrt-rtx", "none", "fp16", CARDS)
     entry = read_manifest(made).component("vae_decoder")
-    wanted = entry.signature.inputs[0].name
+    latent = entry.signature.inputs[0]
     for path in sorted(Path(os.environ["KILN_CACHE"]).glob("v2/prepared/*/model.onnx")):
         graph = onnx.load(path, load_external_data=False).graph
-        if [value.name for value in graph.input] == [wanted]:
+        shapes = {
+            value.name: value.type.tensor_type.shape.dim[1].dim_value for value in graph.input
+        }
+        if shapes == {latent.name: latent.axes[1]}:  # other families' have 16 channels
             shutil.copytree(path.parent, tmp_path / "source")
             break
 

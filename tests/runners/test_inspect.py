@@ -32,5 +32,6 @@ def test_a_recipe_is_complete_and_names_no_path(kiln: Kiln, bundle: MakeBundle) 
     wishes_of_auto = {"budget", "min_quality", "policy"}
     another_vae = {"vae", "vae_revision", "vae_digest"}
     wishes = {"calibration", "calibration_size", "few_step", "prediction_type", "target"}
+    wishes |= {"text_quant"}
     assert absent == {"revision", *wishes, *wishes_of_auto, *another_vae}
     assert (recipe["quant"], recipe["dtype"], recipe["backend"]) == ("none", "fp32", "openvino")

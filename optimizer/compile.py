@@ -28,7 +28,7 @@ from optimizer.room import require_disk, require_memory
 from optimizer.source import resolve
 from optimizer.store import Store
 from optimizer.tools import EXPORT, TORCH, require_libraries, versions
-from optimizer.worker import run_stage
+from optimizer.worker import run_stage, warm_stages
 from profiles import hardware as facts
 from profiles import profile as profiles
 from profiles.errors import BuildError, DiskFullError
@@ -128,7 +128,7 @@ def compile_bundle(
     bundling.check_target(out, force=force)
     require_disk(plan, out, stages.store.root)
     require_memory(plan, hardware)
-    with stages.store.session():
+    with stages.store.session(), warm_stages():
         manifest = _build(stages, plan, out)
     remember_bundle(where)
     return CompileResult(out, manifest, time.monotonic() - start, reused=False)
@@ -166,7 +166,7 @@ def analyze_model(recipe: Recipe, *, console: Console) -> tuple[Plan, Path]:
     require_libraries(())
     remember(plan.source)
     stages = _Stages(plan, hardware, console, Store())
-    with stages.store.session():
+    with stages.store.session(), warm_stages():
         stages.use_source()
         recorded = stages.record()
         measured = stages.sensitivity(recorded, stages.observe(recorded))
@@ -366,14 +366,18 @@ class _Stages:
         *,
         planned: bool = True,
     ) -> Path:
-        """The entry of `key`, made by `target` in a process of its own where it isn't there yet."""
+        """The entry of `key`, made by `target` in a process of its own where it isn't there yet.
+
+        What is `planned` runs the model in torch.
+        """
         if (found := self.store.find(kind, key, verify=True)) is not None:
             self.console.detail(f"{title}: found in the cache")
             self._took[found] = float((found / _TOOK).read_text("utf-8"))
             return found
         with self.console.stage(title) as stage, self.store.create(kind, key) as folder:
             first, start = (self._plan,) if planned else (), time.monotonic()
-            printed = run_stage(target, (*first, *arguments, folder), progress=stage.progress)
+            given = (*first, *arguments, folder)
+            printed = run_stage(target, given, progress=stage.progress, warm=planned)
             (folder / _TOOK).write_text(f"{time.monotonic() - start:.1f}", "utf-8")
         self.console.detail(printed.rstrip())
         made = self.store.find(kind, key)

@@ -2,11 +2,13 @@
 
 The parent sends a pickled job over the child's stdin (a private pipe, never a file); the child
 answers JSON lines: progress, an error by its type's name, or done. Whatever libraries print goes to
-a log that is shown when the stage fails, or with -v.
+a log that is shown when the stage fails, or with -v. A child is a fresh interpreter, or one forked
+from `optimizer.nursery` that has imported torch and diffusers.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pickle
@@ -14,41 +16,48 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from optimizer import nursery
 from optimizer.progress import Progress
 from profiles import errors
 from profiles.errors import BuildError, KilnError, OutOfMemory
+from runners.console import quiet_libraries
 
-__all__ = ["run_stage"]
+__all__ = ["run_stage", "warm_stages"]
 
 _KILLED = (-9, 137)
+_LIBRARIES = ("optimizer.prepare", "optimizer.measure", "optimizer.export")
+"""What warm stages share: these import torch, diffusers, transformers and onnxscript."""
+
+_warm: ContextVar[nursery.Nursery | None] = ContextVar("_warm", default=None)
 
 
-def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) -> str:
+def run_stage(
+    target: str, arguments: tuple[Any, ...], *, progress: Progress, warm: bool = False
+) -> str:
     """Run `target` ("module:function") on `arguments` in a child and return what it printed.
 
-    A function whose last parameter is called progress is given one. Raises what the child raised
-    (a KilnError), OutOfMemory when the system killed it, BuildError with its log for anything else.
+    A function whose last parameter is called progress is given one. `warm` says that it needs torch
+    and diffusers, so that within `warm_stages` it may be forked from a process that has them; not
+    for stages that measure their memory. Raises what the child raised (a KilnError), OutOfMemory
+    when the system killed it, BuildError with its log for anything else.
     """
-    command = [sys.executable, "-m", "optimizer.worker"]
-    pipe, root = subprocess.PIPE, Path(__file__).parents[1]
+    forks = _warm.get() if warm else None
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, cwd=root) as child,
+        closing(_Fresh(log) if forks is None else forks.fork(log)) as child,
     ):
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
+        with suppress(BrokenPipeError):  # it died; so its exit code says
             child.stdin.write(pickle.dumps((target, arguments)))
             child.stdin.flush()
-            answer = _listen(child.stdout, progress)
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
+        answer = _listen(child.stdout, progress)
+        code = child.wait()
         log.seek(0)
         printed = log.read().decode("utf-8", errors="replace")
     if answer is None:
@@ -56,6 +65,43 @@ def run_stage(target: str, arguments: tuple[Any, ...], *, progress: Progress) ->
     if "error" in answer:
         raise _raised(answer, printed)
     return printed
+
+
+@contextmanager
+def warm_stages(libraries: Sequence[str] = _LIBRARIES) -> Iterator[None]:
+    """Within, warm stages share one import of `libraries`, where the system can fork."""
+    if not nursery.supported():
+        yield
+        return
+    with closing(nursery.Nursery(libraries)) as forks:
+        token = _warm.set(forks)
+        try:
+            yield
+        finally:
+            _warm.reset(token)
+
+
+class _Fresh:
+    """A stage in an interpreter of its own."""
+
+    def __init__(self, log: IO[bytes]) -> None:
+        command, pipe = [sys.executable, "-m", "optimizer.worker"], subprocess.PIPE
+        root = Path(__file__).parents[1]
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, cwd=root)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Kill it if it still runs."""
+        self._process.kill()
+        with suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()
+        self._process.wait()
 
 
 def _listen(stream: IO[bytes], progress: Progress) -> dict[str, Any] | None:
@@ -106,9 +152,6 @@ def _main() -> int:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    from runners.console import quiet_libraries
-
-    quiet_libraries()
     target, arguments = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, name = target.split(":")
@@ -137,4 +180,11 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    quiet_libraries()
+    if len(sys.argv) > 1:
+        nursery.serve(int(sys.argv[1]), sys.argv[2:])
+    ended = _main()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(ended)  # taking thousands of modules apart would take two seconds

@@ -71,7 +71,8 @@ def test_a_compile_that_is_killed_anywhere_loses_nothing_and_goes_on(
     kills = bundles = 0
     while kills < POINTS and time.monotonic() < limit:
         folder = tmp_path / f"{bundles}"
-        options = {"backend": points.choice(["eager", "onnxruntime"]), "quant": "none"}
+        backend = points.choice(["eager", "onnxruntime"])
+        options = {"backend": backend, "quant": "none", "lora": False}
         model = tiny_sd(folder / "model", seed=points.randrange(1000))
         arguments = (str(model), str(folder / "out"), str(folder / "cache"), options)
         kills += _kill_until_done(compiler, arguments, points, limit)

@@ -133,7 +133,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
     return make
 
 
-def _run_here(target: str, arguments: tuple[Any, ...], *, progress: Any, warm: bool) -> str:
+def _run_here(target: str, arguments: tuple[Any, ...], *, progress: Any, **_how: Any) -> str:
     """A stage in this process, which has imported the libraries already: six seconds less each.
 
     Stages in processes of their own are tested in test_worker.py and test_compile.py.

@@ -20,7 +20,10 @@ Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
 _LEVELS: dict[str, tuple[str, ...]] = {"int8": (), "int4": ("--solver", "hqq")}
 """Level -> its other options: HQQ needs no recorded runs, GPTQ's covariances several passes."""
 
-_OPTIONS = ("--size-range", "256:1024", "--calibration-size", "256", "--steps", "2", "--batch", "1")
+_OPTIONS = (
+    *("--size-range", "256:1024", "--calibration-size", "256", "--steps", "2", "--batch", "1"),
+    "--no-lora",
+)
 
 
 def measure(console: Console, watched: Watched) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from profiles.errors import SpecError
 from runners.control_options import Control
 from runners.control_tasks import controlnet_names
 from runners.images import Source, open_image
-from runners.preprocessing import MAPS
+from runners.preprocessing import map_of
 
 if TYPE_CHECKING:
     from runners.drawing import Drawing
@@ -63,9 +63,7 @@ class Controls:
         if picture.size != wanted:
             self.notes.append(_fitting(item.source, wanted))
             picture = ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
-        if item.control.preprocessor is not None:
-            picture = MAPS[item.control.preprocessor](picture)
-        return drawing.control_canvas(picture)
+        return drawing.control_canvas(map_of(item.control, picture))
 
 
 def controls_of(controls: Sequence[Control], manifest: Manifest, drawing: Drawing) -> Controls:
@@ -122,6 +120,7 @@ def _facts(item: _Read) -> dict[str, Any]:
         "file": item.source.name,
         "sha256": item.source.sha256,
         "preprocessor": control.preprocessor,
+        **({"preprocessor_model": control.model.name} if control.model else {}),
         "weight": control.weight,
         "start": control.start,
         "end": control.end,

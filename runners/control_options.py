@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from profiles.errors import SpecError
 
 __all__ = ["PREPROCESSORS", "Control", "parse_control"]
 
-PREPROCESSORS = ("canny",)
-"""What may stand before the file: names of `runners.preprocessing.MAPS`."""
+PREPROCESSORS = ("canny", "depth")
+"""What may stand before the file."""
 
 _HELP = "write it as FILE, FILE:WEIGHT or FILE:WEIGHT:START-END, such as edges.png:0.8:0-0.5"
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -32,14 +33,16 @@ class Control:
     """From which part of the steps on it counts, in 0..1,"""
     end: float = 1.0
     """and up to which."""
+    model: Path | None = None
+    """The folder of the preprocessor's own network."""
     network: str | None = None
     """The bundle's name of the network that reads it; None: that of its place in the request."""
 
 
-def parse_control(text: str) -> Control:
+def parse_control(text: str, depth_model: Path | None = None) -> Control:
     """What `--control [NETWORK=][PREPROCESSOR:]FILE[:WEIGHT[:START-END]]` says.
 
-    Raises SpecError for what isn't so.
+    `depth_model` is the folder that `depth:` needs. Raises SpecError for what isn't so.
     """
     named = _NAMED.fullmatch(text)
     network, rest = (named[1], named[2]) if named else (None, text)
@@ -52,7 +55,23 @@ def parse_control(text: str) -> Control:
         raise SpecError(f"--control {text} can't be read: {_HELP}.")
     weight = _weight(text, numbers[0]) if numbers else 1.0
     start, end = _range(text, numbers[1]) if len(numbers) > 1 else (0.0, 1.0)
-    return Control(Path(head + file), preprocessor, weight, start, end, network)
+    model = _depth_model(depth_model) if preprocessor == "depth" else None
+    return Control(Path(head + file), preprocessor, weight, start, end, model, network)
+
+
+def _depth_model(given: Path | None) -> Path:
+    folder = given or Path(os.environ.get("KILN_DEPTH_MODEL", ""))
+    if folder == Path():
+        raise SpecError(
+            "--control depth: needs a depth estimator: give the folder of a DPT or Depth Anything "
+            "with --depth-model DIR (or KILN_DEPTH_MODEL), or give a ready map of depth."
+        )
+    if not (folder / "config.json").is_file():
+        raise SpecError(
+            f"--depth-model {folder} is no folder with a config.json: give that of a DPT or Depth "
+            "Anything as transformers stores it."
+        )
+    return folder
 
 
 def _weight(text: str, number: str) -> float:

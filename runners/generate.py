@@ -53,8 +53,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             "--control",
             "controls",
             multiple=True,
-            metavar="[canny:]FILE[:WEIGHT[:START-END]]",
+            metavar="[canny:|depth:]FILE[:WEIGHT[:START-END]]",
             help="Control image, one a network of the bundle, in its order, or NETWORK=FILE.",
+        ),
+        click.option(
+            "--depth-model",
+            type=_FILE,
+            metavar="DIR",
+            help="Depth estimator of --control depth: [default: KILN_DEPTH_MODEL]",
         ),
         click.option(
             "--clip-skip", type=int, help="1 the text encoder's last layer, 2 the one before, ..."
@@ -96,6 +102,7 @@ def generate(
     mask: Path | None,
     outpaint: str | None,
     controls: tuple[str, ...],
+    depth_model: Path | None,
     loras: tuple[str, ...],
     lora_dirs: tuple[Path, ...],
     clip_skip: int | None,
@@ -135,7 +142,7 @@ def generate(
         outpaint=outpaint_of(outpaint),
         strength=strength,
         clip_skip=clip_skip,
-        controls=tuple(parse_control(text) for text in controls),
+        controls=tuple(parse_control(text, depth_model) for text in controls),
         loras=chosen,
     )
     if threads is not None and threads < 1:

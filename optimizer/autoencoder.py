@@ -1,52 +1,24 @@
-"""Another autoencoder in the VAE's place (`--vae`): a folder, or a hub id of one such.
-
-What is used of it are config.json and the weights beside it, as in a pipeline's own vae folder.
-"""
+"""Another autoencoder in the VAE's place (`--vae`): a folder, or a hub id of one such."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from optimizer.component_source import ComponentSource, read_headers
 from optimizer.configs import read_json
-from optimizer.digests import FileDigest, digest
 from optimizer.layout import AUTOENCODER, chosen_by, described_by, require_described
 from optimizer.source import HUB_ID, ModelSource
 from optimizer.vae_config import require_fitting
-from optimizer.weights import read_header
 from profiles.errors import SpecError, UnsupportedError
 from runners.console import Console
-from runners.receipts import sha256_of
 
 __all__ = [
-    "AutoencoderSource",
     "inspect_autoencoder",
     "resolve_autoencoder",
     "with_autoencoder",
 ]
-
-
-@dataclass(frozen=True)
-class AutoencoderSource:
-    """A checked folder of one autoencoder; equal digests mean equal autoencoders."""
-
-    name: str
-    """As the user gave it."""
-    kind: Literal["folder", "hub"]
-    folder: Path
-    revision: str | None
-    """The hub's commit, for kind "hub" only."""
-    class_name: str
-    """One of `optimizer.vae_config.AUTOENCODERS`."""
-    files: Mapping[str, FileDigest]
-    """Every file of the folder that is used, by its name."""
-
-    @property
-    def digest(self) -> str:
-        """The digest of all used files: the same wherever the folder lies."""
-        return digest({name: [file.size, file.sha256] for name, file in self.files.items()})
 
 
 def with_autoencoder(
@@ -80,7 +52,7 @@ def resolve_autoencoder(
     revision: str | None,
     console: Console | None = None,
     always_hash: bool = False,
-) -> AutoencoderSource:
+) -> ComponentSource:
     """Find or fetch an autoencoder, and check every file of it that is used.
 
     Files that haven't changed since they were last hashed are hashed with `always_hash` only.
@@ -112,15 +84,17 @@ def _source(
     kind: Literal["folder", "hub"],
     revision: str | None,
     always_hash: bool,
-) -> AutoencoderSource:
+) -> ComponentSource:
     used, class_name = inspect_autoencoder(folder, name=name)
-    files = {
-        file: FileDigest(
-            (folder / file).stat().st_size, sha256_of(folder / file, always=always_hash)
-        )
-        for file in used
-    }
-    return AutoencoderSource(name, kind, folder, revision, class_name, files)
+    return ComponentSource.of_files(
+        folder,
+        used,
+        name=name,
+        kind=kind,
+        revision=revision,
+        class_name=class_name,
+        always_hash=always_hash,
+    )
 
 
 def inspect_autoencoder(folder: Path, *, name: str) -> tuple[list[str], str]:
@@ -134,7 +108,5 @@ def inspect_autoencoder(folder: Path, *, name: str) -> tuple[list[str], str]:
     config = read_json(folder / marker)
     require_described(marker, config, accepted=accepted, where=name)
     used = chosen_by(marker, names, document=config, where=name)
-    for file in used:
-        if file.endswith(".safetensors"):
-            read_header(folder / file)
+    read_headers(folder, used)
     return used, str(config["_class_name"])

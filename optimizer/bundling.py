@@ -13,9 +13,8 @@ from typing import Any
 
 import psutil
 
-from optimizer.autoencoder import AutoencoderSource
 from optimizer.backends import backend
-from optimizer.controlnet import ControlSource
+from optimizer.component_source import ComponentSource
 from optimizer.digests import file_digests, sha256_file
 from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
 from optimizer.outlook import predicted_base, predicted_part
@@ -336,11 +335,11 @@ def _controls(source: ModelSource) -> tuple[ControlEntry, ...]:
     )
 
 
-def _name(source: ModelSource | AutoencoderSource | ControlSource) -> str:
+def _name(source: ModelSource | ComponentSource) -> str:
     return source.name if source.kind == "hub" else Path(source.name).resolve().name
 
 
-def _autoencoder(source: AutoencoderSource) -> AutoencoderEntry:
+def _autoencoder(source: ComponentSource) -> AutoencoderEntry:
     return AutoencoderEntry(
         name=_name(source),
         revision=source.revision,

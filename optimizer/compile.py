@@ -81,7 +81,7 @@ def plan_recipe(
             console=console,
             always_hash=always_hash,
         )
-    source = with_controlnets(source, recipe.controlnets, console=console)
+    source = with_controlnets(source, recipe.controlnets, console=console, always_hash=always_hash)
     plan = make_plan(recipe, source, profile=profile, hardware=hardware)
     if sensitivity is not None:
         plan = decided(plan, matching_sensitivity(sensitivity, plan)).plan

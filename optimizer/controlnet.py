@@ -1,61 +1,34 @@
-"""Control networks beside a model (`--controlnet`): folders, or hub ids, of a ControlNet each.
-
-What is used of one are config.json and the weights beside it.
-"""
+"""Control networks beside a model (`--controlnet`): folders, or hub ids, of a ControlNet each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from optimizer.component_source import ComponentSource, read_headers
 from optimizer.configs import read_json
-from optimizer.digests import FileDigest, digest
 from optimizer.families import family
 from optimizer.families.controls import require_control_fitting, require_control_known
 from optimizer.layout import COMPONENT, chosen_by
 from optimizer.source import HUB_ID, ModelSource
-from optimizer.weights import read_header
 from profiles.errors import SpecError, UnsupportedError
 from runners.console import Console
 from runners.control_tasks import CONTROL_TASKS
-from runners.receipts import sha256_of
 
-__all__ = ["MOST_CONTROLS", "ControlSource", "resolve_controlnet", "with_controlnets"]
+__all__ = ["MOST_CONTROLS", "resolve_controlnet", "with_controlnets"]
 
 MOST_CONTROLS = 8
 """Beside one model: each is an engine of about half of its denoiser's size."""
 
 
-@dataclass(frozen=True)
-class ControlSource:
-    """A checked folder of one control network; equal digests mean equal networks."""
-
-    name: str
-    """As the user gave it, without a revision."""
-    kind: Literal["folder", "hub"]
-    folder: Path
-    revision: str | None
-    """The hub's commit, for kind "hub" only."""
-    class_name: str
-    """One of `optimizer.families.controls.CONTROLNETS`."""
-    files: Mapping[str, FileDigest]
-    """Every file of the folder that is used, by its name."""
-
-    @property
-    def digest(self) -> str:
-        """The digest of all used files: the same wherever the folder lies."""
-        return digest({name: [file.size, file.sha256] for name, file in self.files.items()})
-
-    @property
-    def pinned(self) -> str:
-        """Its name with the hub's commit, as a recipe keeps it."""
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
-
-
 def with_controlnets(
-    source: ModelSource, names: Sequence[str], *, console: Console | None = None
+    source: ModelSource,
+    names: Sequence[str],
+    *,
+    console: Console | None = None,
+    always_hash: bool = False,
 ) -> ModelSource:
     """The model with these control networks, in this order.
 
@@ -67,7 +40,9 @@ def with_controlnets(
     _require_controllable(source)
     if len(names) > MOST_CONTROLS:
         raise SpecError(f"--controlnet names {len(names)} networks: give {MOST_CONTROLS} or fewer.")
-    controls = tuple(resolve_controlnet(name, console=console) for name in names)
+    controls = tuple(
+        resolve_controlnet(name, console=console, always_hash=always_hash) for name in names
+    )
     found = replace(source, controls=controls)
     configs = {name: source.checked_config(name) for name in ("unet", "vae")}
     for control, folder in zip(controls, found.control_folders, strict=True):
@@ -90,15 +65,18 @@ def _require_controllable(source: ModelSource) -> None:
         )
 
 
-def resolve_controlnet(name: str, *, console: Console | None = None) -> ControlSource:
+def resolve_controlnet(
+    name: str, *, console: Console | None = None, always_hash: bool = False
+) -> ComponentSource:
     """Find or fetch a control network, and check every file of it that is used.
 
-    `name` is a folder, or a hub id with or without @REVISION. Raises what
+    `name` is a folder, or a hub id with or without @REVISION. Files that haven't changed since they
+    were last hashed are hashed with `always_hash` only. Raises what
     `optimizer.source.resolve` raises for a model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _source(path, name=name, kind="folder", revision=None)
+        return _source(path, name=name, kind="folder", revision=None, always_hash=always_hash)
     hub_id, _, revision = name.partition("@")
     if path.is_file() or not HUB_ID.fullmatch(hub_id):
         seen = "a file" if path.is_file() else "no folder here and no hub id"
@@ -109,12 +87,19 @@ def resolve_controlnet(name: str, *, console: Console | None = None) -> ControlS
     from optimizer.hub import fetch
 
     found = fetch(hub_id, revision=revision or None, accepted=(COMPONENT,), console=console)
-    return _source(found.folder, name=hub_id, kind="hub", revision=found.revision)
+    return _source(
+        found.folder, name=hub_id, kind="hub", revision=found.revision, always_hash=always_hash
+    )
 
 
 def _source(
-    folder: Path, *, name: str, kind: Literal["folder", "hub"], revision: str | None
-) -> ControlSource:
+    folder: Path,
+    *,
+    name: str,
+    kind: Literal["folder", "hub"],
+    revision: str | None,
+    always_hash: bool,
+) -> ComponentSource:
     where = f"--controlnet {name}"
     names = [path.name for path in folder.iterdir() if path.is_file()]
     if COMPONENT not in names:
@@ -125,11 +110,13 @@ def _source(
     config = read_json(folder / COMPONENT)
     require_control_known(config, where=where)
     used = chosen_by(COMPONENT, names, document=config, where=where)
-    for file in used:
-        if file.endswith(".safetensors"):
-            read_header(folder / file)
-    files = {
-        file: FileDigest((folder / file).stat().st_size, sha256_of(folder / file, always=False))
-        for file in used
-    }
-    return ControlSource(name, kind, folder, revision, str(config["_class_name"]), files)
+    read_headers(folder, used)
+    return ComponentSource.of_files(
+        folder,
+        used,
+        name=name,
+        kind=kind,
+        revision=revision,
+        class_name=str(config["_class_name"]),
+        always_hash=always_hash,
+    )

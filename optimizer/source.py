@@ -25,8 +25,7 @@ from runners.control_tasks import controlnet_names
 from runners.receipts import sha256_of
 
 if TYPE_CHECKING:
-    from optimizer.autoencoder import AutoencoderSource
-    from optimizer.controlnet import ControlSource
+    from optimizer.component_source import ComponentSource
 
 __all__ = [
     "HUB_ID",
@@ -62,9 +61,9 @@ class ModelSource:
     """Of model_index.json."""
     files: Mapping[str, FileDigest]
     """Every file of the folder that is used, by its relative posix path."""
-    vae: AutoencoderSource | None = None
+    vae: ComponentSource | None = None
     """In the place of the model's own VAE."""
-    controls: tuple[ControlSource, ...] = ()
+    controls: tuple[ComponentSource, ...] = ()
     """Control networks beside it."""
 
     @property
@@ -87,7 +86,7 @@ class ModelSource:
         """What the control networks are called, as if each had a folder of the model's."""
         return controlnet_names(len(self.controls))
 
-    def _given(self, name: str) -> AutoencoderSource | ControlSource | None:
+    def _given(self, name: str) -> ComponentSource | None:
         """What was given beside the model for a folder of this name."""
         if name == _VAE:
             return self.vae

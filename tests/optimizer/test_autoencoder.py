@@ -74,7 +74,7 @@ def test_an_autoencoder_is_hashed_again_where_that_is_asked_for(
         return "0" * 64
 
     source = resolve(str(tiny_model))
-    monkeypatch.setattr("optimizer.autoencoder.sha256_of", noted)
+    monkeypatch.setattr("optimizer.component_source.sha256_of", noted)
     for always in (False, True):
         with_autoencoder(source, str(taesd), revision=None, always_hash=always)
     assert seen == [False, False, True, True]

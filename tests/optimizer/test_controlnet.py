@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from optimizer.calls import traced_sizes, unseen_sizes
+from optimizer.controlnet import with_controlnets
 from optimizer.families.base import Ranges
 from optimizer.families.controls import controlled_signature
 from optimizer.families.sd1 import signatures
+from optimizer.source import resolve
 from profiles.errors import SpecError
 from runners.signature import Signature
 from tests.conftest import Kiln
+from tests.optimizer.hub import Hub
+from tests.optimizer.hub_server import COMMIT, MODEL, serve_model
 from tests.tiny_pipelines import tiny_controlnet, tiny_sd, tiny_sd3, tiny_sdxl
 
 _CONFIGS = {
@@ -166,3 +171,46 @@ def test_an_inpainting_models_network_takes_the_latents_alone(
         *("--controlnet", network, "--backend", "onnxruntime"),
     )
     assert ended.code == 0, ended.err
+
+
+def test_of_a_hub_id_only_what_is_needed_is_fetched(
+    tiny_model: Path, network: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(network, tmp_path / "hub"))
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "README.md").write_text("not the weights")
+    how = ("compile", str(tiny_model), "--quant", "none", "--dry-run", "--json", "--controlnet")
+    with serve_model(folder) as served:
+        hub = Hub(served, tmp_path / "cache")
+        code, out, err = hub.kiln(*how, f"{MODEL},{network}")
+        assert code == 0, err
+        assert set(hub.downloads) == {"config.json", "diffusion_pytorch_model.safetensors"}
+        recipe = json.loads(out)["recipe"]
+        assert recipe["controlnets"] == [f"{MODEL}@{COMMIT}", str(network)]
+        assert len(set(recipe["controlnet_digests"])) == 1, "the folder holds the same files"
+
+        del hub.downloads[:]
+        for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+            code, out, err = hub.kiln(*how, f"{MODEL}@{COMMIT},{network}", **environment)
+            assert code == 0, err
+            assert json.loads(out)["recipe"] == recipe
+        assert hub.downloads == []
+
+        code, _, err = hub.kiln(*how, f"{MODEL}@v9")
+        assert (code, "has no revision 'v9'" in err) == (2, True)
+
+
+def test_networks_are_hashed_again_where_that_is_asked_for(
+    tiny_model: Path, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(_: Path, *, always: bool) -> str:
+        seen.append(always)
+        return "0" * 64
+
+    source = resolve(str(tiny_model))
+    monkeypatch.setattr("optimizer.component_source.sha256_of", noted)
+    for always in (False, True):
+        with_controlnets(source, [str(network)], always_hash=always)
+    assert seen == [False, False, True, True]

@@ -131,7 +131,7 @@ def _watched(command: list[str], environment: dict[str, str]) -> tuple[float, in
             peak = max(peak, sum(member.memory_info().rss for member in family))
         except psutil.Error:
             pass
-        time.sleep(0.02)
+        time.sleep(0.1)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
     return time.monotonic() - start, peak

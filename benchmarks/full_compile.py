@@ -21,7 +21,7 @@ _LEVELS: dict[str, tuple[str, ...]] = {"int8": (), "int4": ("--solver", "hqq")}
 """Level -> its other options: HQQ needs no recorded runs, GPTQ's covariances several passes."""
 
 _OPTIONS = (
-    *("--size-range", "256:1024", "--calibration-size", "256", "--steps", "2", "--batch", "1"),
+    *("--size-range", "256:512", "--calibration-size", "256", "--steps", "2", "--batch", "1"),
     "--no-lora",
 )
 

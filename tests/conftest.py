@@ -29,6 +29,29 @@ HERE = tuple(name for name, one in BACKENDS.items() if one.device == "cpu" and n
 have tests of their own, in test_aoti.py, and long ones in test_aoti_bundles.py."""
 
 
+LONG = (
+    "test_readme.py",
+    "test_families.py",
+    "test_tensorrt.py",
+    "test_control.py",
+    "test_lora.py",
+    "test_engines.py",
+    "test_compile.py",
+    "test_few_step.py",
+    "test_variants.py",
+    "test_workflows.py",
+    "test_compare.py",
+    "test_onnx_source.py",
+)
+"""Files of minutes each. Two processes share the tests by files (pyproject.toml): with the longest
+first, neither is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the rest in its order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 class Ended(NamedTuple):
     """How a command ended."""
 

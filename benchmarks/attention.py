@@ -31,7 +31,7 @@ _LEGAL = 64
 """Sides are multiples of it in Stable Diffusion 1.5."""
 
 
-def measure(console: Console) -> dict[str, Any]:
+def measure(console: Console, _out: Path) -> dict[str, Any]:
     """Rows of peaks by side for each way, and the largest side that 8 GB hold, by extrapolation."""
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as private:

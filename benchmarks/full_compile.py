@@ -6,16 +6,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.watching import watched
 from runners.console import Console
 
-__all__ = ["Watched", "measure"]
-
-Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
-"""A command and its environment -> seconds, and peak resident bytes."""
+__all__ = ["lines", "measure"]
 
 _LEVELS: dict[str, tuple[str, ...]] = {"int8": (), "int4": ("--solver", "hqq")}
 """Level -> its other options: HQQ needs no recorded runs, GPTQ's covariances several passes."""
@@ -26,7 +24,7 @@ _OPTIONS = (
 )
 
 
-def measure(console: Console, watched: Watched) -> dict[str, Any]:
+def measure(console: Console, _out: Path) -> dict[str, Any]:
     """Compile it to int8, then to int4, which shares the recorded runs and all but the UNet."""
     from optimizer.worker import run_stage
 
@@ -78,3 +76,14 @@ def _stage_seconds(cache: Path) -> dict[str, list[float]]:
     for path in sorted(cache.glob("v*/*/*/seconds.txt")):
         found.setdefault(path.parent.parent.name, []).append(float(path.read_text("utf-8")))
     return found
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `kiln bench` prints."""
+    rows = (
+        f"  {name:<6}{row['seconds']:>7.0f} s, peak {row['peak_rss_bytes'] / 2**30:.1f} GiB"
+        f", denoiser {row['denoiser_bytes'] / 1e6:.0f} MB, {row['layers_low_bit']} of "
+        f"{row['layers']} layers on low-bit kernels, {row['sqnr_db']:.1f} dB"
+        for name, row in found["rows"].items()
+    )
+    return ["compiling a full-size SDXL:", *rows]

@@ -8,15 +8,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_compile import Watched
+from benchmarks.watching import watched
 from runners.console import Console
 
-__all__ = ["measure", "measure_bundle", "measure_full_size"]
+__all__ = ["lines", "measure", "measure_bundle", "measure_full_size"]
 
 _MODEL = Path(__file__).with_name("reference_model") / "model"
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
@@ -25,12 +25,12 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in"
 _FULL_SIZE = ("--size-range", "256:512", "--calibration-size", "256", "--steps", "2")
 
 
-def measure(console: Console, watched: Watched) -> dict[str, Any]:
+def measure(console: Console, _out: Path) -> dict[str, Any]:
     """The reference model in int8, LoRAs of rank 4 and 8."""
-    return _measured(console, watched, "reference model", _MODEL, (), (4, 8))
+    return _measured(console, "reference model", _MODEL, (), (4, 8))
 
 
-def measure_full_size(console: Console, watched: Watched) -> dict[str, Any]:
+def measure_full_size(console: Console, _out: Path) -> dict[str, Any]:
     """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32."""
     from optimizer.worker import run_stage
 
@@ -40,12 +40,11 @@ def measure_full_size(console: Console, watched: Watched) -> dict[str, Any]:
         with console.stage("Full-size Stable Diffusion 1.5: make weights") as stage:
             run_stage("benchmarks.full_models:make_sd15", (model,), progress=stage.progress)
         title = "full-size Stable Diffusion 1.5"
-        return _measured(console, watched, title, model, _FULL_SIZE, (32, 32))
+        return _measured(console, title, model, _FULL_SIZE, (32, 32))
 
 
 def _measured(
     console: Console,
-    watched: Watched,
     title: str,
     model: Path,
     options: tuple[str, ...],
@@ -63,6 +62,15 @@ def _measured(
             run_stage("benchmarks.lora:measure_bundle", arguments, progress=stage.progress)
         found: dict[str, Any] = json.loads((folder / "lora.json").read_text("utf-8"))
     return found
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `kiln bench` prints."""
+    return [
+        f"LoRA: swap {1000 * found['swap_seconds']:.0f} ms, first load "
+        f"{found['first_load_seconds']:.2f} s, a step with rank {found['ranks'][0]} at "
+        f"{found['speed_with_lora']:.2f}x of the speed without"
+    ]
 
 
 def measure_bundle(

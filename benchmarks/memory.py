@@ -13,8 +13,9 @@ from typing import Any
 
 from runners.console import Console
 
-__all__ = ["Case", "measure_full_size", "measure_reference", "peak_of", "text"]
+__all__ = ["Case", "lines", "measure_full_size", "measure_reference", "peak_of"]
 
+_MODEL = Path(__file__).with_name("reference_model") / "model"
 _WAYS: dict[str, tuple[str, ...]] = {"keep": ()}
 """Residency -> the options of `kiln generate` that ask for it."""
 
@@ -38,12 +39,12 @@ _FULL_OPTIONS = (
 )
 
 
-def measure_reference(model: Path, out: Path, console: Console) -> dict[str, Any]:
+def measure_reference(console: Console, out: Path) -> dict[str, Any]:
     """The reference model at three levels, three sizes and two batches, compiled where it isn't."""
     rows = []
     for level in _LEVELS:
         bundle = out / "memory" / level
-        _compile(model, level, bundle, ("--steps", "4"), console)
+        _compile(_MODEL, level, bundle, ("--steps", "4"), console)
         cases = [(bundle, *one) for one in product(_WAYS, _SIZES, _BATCHES)]
         with console.stage(f"Draw with {level}", len(cases)) as stage:
             for case in cases:
@@ -52,7 +53,7 @@ def measure_reference(model: Path, out: Path, console: Console) -> dict[str, Any
     return {"rows": rows, **_worst(rows)}
 
 
-def measure_full_size(console: Console) -> dict[str, Any]:
+def measure_full_size(console: Console, _out: Path) -> dict[str, Any]:
     """Stable Diffusion 1.5 and XL with random weights in int8: hours, most of it compiling."""
     from optimizer.worker import run_stage
 
@@ -137,20 +138,20 @@ def _worst(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def text(found: Mapping[str, Any], title: str) -> list[str]:
+def lines(found: Mapping[str, Any]) -> list[str]:
     """The rows as a table."""
-    lines = [f"{title}: predicted and measured peak"]
+    said = ["predicted and measured peak of memory"]
     for row in found["rows"]:
         name = f"{row.get('model', '')} {row.get('level', '')}".strip()
-        lines.append(
+        said.append(
             f"  {name:<6}{row['residency']:<12}{row['side']:>5} px, {row['batch']} at once:"
             f"{row['predicted_peak_bytes'] / 1e6:>8.0f}{row['measured_peak_bytes'] / 1e6:>8.0f} MB"
             f"{100 * row['total_error']:>+7.2f} %, above the base"
             f"{100 * row['above_base_error']:>+6.1f} %"
         )
-    lines.append(
+    said.append(
         f"  most over {100 * found['most_over']:+.2f} %, most under "
         f"{100 * found['most_under']:+.2f} %, above the base "
         f"{100 * found['worst_above_base']:+.1f} %"
     )
-    return lines
+    return said

@@ -21,7 +21,7 @@ from optimizer.progress import Progress, Steps
 from runners.console import Console
 from runners.signature import Dim, Signature, TensorSpec
 
-__all__ = ["MODELS", "compare_regional", "measure", "text"]
+__all__ = ["MODELS", "compare_regional", "lines", "measure"]
 
 _ROUNDS = 15
 
@@ -95,7 +95,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Signature]] = {
 """Name -> diffusers class, its config, its wrapper, and how it is called."""
 
 
-def measure(console: Console) -> dict[str, Any]:
+def measure(console: Console, _out: Path) -> dict[str, Any]:
     """Every model of `MODELS`, each in a process of its own."""
     import psutil
 
@@ -115,17 +115,17 @@ def measure(console: Console) -> dict[str, Any]:
     return {"models": found}
 
 
-def text(found: Mapping[str, Any]) -> list[str]:
+def lines(found: Mapping[str, Any]) -> list[str]:
     """The lines that `kiln bench` prints."""
-    lines = ["AOTInductor, blocks compiled once against whole:"]
+    said = ["AOTInductor, blocks compiled once against whole:"]
     for name, model in found["models"].items():
         whole, blocks = model["rows"]["aoti"], model["rows"]["aoti-blocks"]
-        lines.append(
+        said.append(
             f"  {name:<6}{model['blocks']:>3} blocks: {blocks['build_seconds']} s of "
             f"{whole['build_seconds']} s ({model['build_ratio']}x), {blocks['ms']} ms a call of "
             f"{whole['ms']} ms ({model['speed_ratio']}x of the speed), {blocks['sqnr_db']} dB"
         )
-    return lines
+    return said
 
 
 def compare_regional(name: str, threads: int, out: Path, progress: Progress) -> None:

@@ -11,19 +11,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import load_average
+from benchmarks.watching import watched
 from runners.console import Console
 from runners.manifest import SCHEMA
 from runners.manifest_file import DIGEST_NAME, MANIFEST_NAME, digest_line
 
-__all__ = ["Watched", "generate_bundle", "measure"]
+__all__ = ["generate_bundle", "lines", "measure"]
 
-Watched = Callable[[list[str], dict[str, str]], tuple[float, int]]
-"""A command and its environment -> seconds, and peak resident bytes."""
+_INSTALL_BYTES, _PACK_BYTES, _ROUNDS = 10**9, 2 * 10**9, 9
 
 _REQUIRES = {
     "systems": [],
@@ -124,44 +124,51 @@ def _write(folder: Path, name: str, size: int) -> dict[str, object]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def measure(
-    console: Console, watched: Watched, *, size: int, pack_size: int, rounds: int
-) -> dict[str, Any]:
-    """Install `size` bytes and copy them, in turn; pack `pack_size` bytes in another process."""
+def measure(console: Console, _out: Path) -> dict[str, Any]:
+    """Install a bundle and copy it, in turn, on the disk of temporary files; pack another."""
     from runners.keys import make_keys
 
     with tempfile.TemporaryDirectory() as private:
         folder = Path(private)
         make_keys(folder / "key")
         with console.stage("Generate a bundle"):
-            generate_bundle(folder / "bundle", pack_size)
+            generate_bundle(folder / "bundle", _PACK_BYTES)
         command = [sys.executable, "-m", "runners.cli", "pack", str(folder / "bundle")]
         options = ["-o", str(folder / "out"), "--key", str(folder / "key")]
-        with console.stage(f"Pack {pack_size / 1e9:.1f} GB"):
+        with console.stage(f"Pack {_PACK_BYTES / 1e9:.1f} GB"):
             seconds, peak = watched([*command, *options], dict(os.environ))
         packed = {
-            "pack_bytes": pack_size,
+            "pack_bytes": _PACK_BYTES,
             "pack_seconds": round(seconds, 2),
             "pack_peak_rss_bytes": peak,
         }
         shutil.rmtree(folder / "bundle")
         shutil.rmtree(folder / "out")
-        generate_bundle(folder / "bundle", size)
-        with console.stage(f"Install {size / 1e9:.1f} GB and copy it, in turn", rounds) as stage:
+        generate_bundle(folder / "bundle", _INSTALL_BYTES)
+        with console.stage(f"Install {_INSTALL_BYTES / 1e9:.1f} GB and copy it", _ROUNDS) as stage:
             rows = []
-            for _ in range(rounds):
+            for _ in range(_ROUNDS):
                 rows.append(_round(folder))
                 stage.advance()
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     return {
         **packed,
-        "install_bytes": size,
-        "rounds": rounds,
+        "install_bytes": _INSTALL_BYTES,
+        "rounds": _ROUNDS,
         "seconds": {name: round(value, 3) for name, value in medians.items()},
         "throughput_of_copy": round(medians["copy"] / medians["install"], 3),
         "throughput_of_flushed_copy": round(medians["flushed_copy"] / medians["install"], 3),
         "load_average_after": load_average(),
     }
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `kiln bench` prints."""
+    return [
+        f"install: {found['throughput_of_copy']}x of a plain copy and sha256 "
+        f"({found['throughput_of_flushed_copy']}x of one that is flushed to the disk); pack of "
+        f"{found['pack_bytes'] / 1e9:.1f} GB: {found['pack_peak_rss_bytes'] / 1e6:.0f} MB"
+    ]
 
 
 def _round(folder: Path) -> dict[str, float]:

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "PARTS",
-    "TILE",
-    "WHOLE",
     "DecoderTile",
     "DecoderWhole",
     "EncoderTile",
     "EncoderWhole",
     "tile_norms",
 ]
-
-WHOLE, TILE = "whole", "tile"
-PARTS = (WHOLE, TILE)
-"""The names of both parts' forms. They share no weights, so both may be open at once."""
 
 
 def tile_norms(module: Any) -> list[nn.GroupNorm]:

@@ -87,7 +87,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
     `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place, `controlnets`
-    are beside it; `lora` says whether its engines take LoRAs. Not to be changed: copy it first.
+    are beside it; `lora` says whether its engines take LoRAs, `tiles` whether its VAE has seamless
+    tiles. Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -101,6 +102,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         controlnets: tuple[Path, ...] = (),
         *,
         lora: bool = False,
+        tiles: bool = False,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
@@ -108,7 +110,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
         name = "-".join([name, *(path.name for path in controlnets)])
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}"
+        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}{'-tiles' * tiles}"
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
@@ -121,6 +123,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "dtype": dtype,
                     "target": target,
                     "lora": lora,
+                    "tiles": tiles,
                     **SETTINGS,
                 }
             )

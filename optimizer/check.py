@@ -149,8 +149,8 @@ def _opened_proof(job: Job, built: Built, out: Path) -> Engine:
 def _forms(
     job: Job, prepared: Path, out: Path, calls: Mapping[str, Call], alone: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Every form but a VAE's parts, built and checked with nothing in its further inputs: as good as the plain engine
-    `alone` on the same calls.
+    """Every form but a VAE's parts, built and checked with nothing in its further inputs: as good
+    as the plain engine `alone` on the same calls.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, signature in prepared_forms(prepared).items():

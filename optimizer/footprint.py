@@ -113,9 +113,7 @@ def _buffer(path: Path) -> Buffer:
     return mapped(path)
 
 
-def sizes_at(
-    signature: Signature, wanted: Sequence[tuple[float, int]]
-) -> list[dict[str, int]]:
+def sizes_at(signature: Signature, wanted: Sequence[tuple[float, int]]) -> list[dict[str, int]]:
     """Sizes of the dims at multiples of the smallest side and so many pictures."""
     dims = {dim.name: dim for dim in signature.dims}
     base = {name: dim.nearest(dim.opt) for name, dim in dims.items()}

@@ -15,7 +15,15 @@ from runners.manifest import Manifest
 from runners.memory import Asked, Feature, PartMemory, PipelineMemory, is_guided, parts_of, rows
 from runners.signature import Signature
 
-__all__ = ["PEAK_NAME", "PIXEL_BYTES", "calibrated", "form_memory", "part_memory", "per_pixel", "places_per_pixel"]
+__all__ = [
+    "PEAK_NAME",
+    "PIXEL_BYTES",
+    "calibrated",
+    "form_memory",
+    "part_memory",
+    "per_pixel",
+    "places_per_pixel",
+]
 
 PEAK_NAME = "peak.json"
 """Beside the self-test's picture: the most that the process that drew it had resident."""

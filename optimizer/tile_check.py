@@ -81,7 +81,9 @@ class Parts:
         else:
             sizes = sizes_at(signature, _SCALES)
         sizes = [{n: dim.following(one) for n, dim in dims.items()} for one in sizes]
-        known = {spec.name: x for spec, x in zip(self.job.signature.inputs, call.inputs, strict=True)}
+        known = {
+            spec.name: x for spec, x in zip(self.job.signature.inputs, call.inputs, strict=True)
+        }
         feeds = {
             spec.name: known[spec.name][:1] if spec.name in known else _filled(spec.axes, sizes[0])
             for spec in signature.inputs
@@ -124,7 +126,7 @@ def _tile(engine: Engine, x: Array, *, given: bool) -> Array:
         name: np.full(sizes[str(specs[name].axes[0])], 1 / sizes[str(specs[name].axes[0])])
         for name in ("rows", "columns")
     }
-    neutral = np.zeros(specs["given"].axes, np.float32)  # type: ignore[arg-type]
+    neutral = np.zeros([int(axis) for axis in specs["given"].axes], np.float32)
     neutral[:, 1] = 1
     feeds = {
         first.name: x[None],

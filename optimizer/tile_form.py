@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from optimizer.families.parts import floats
@@ -14,8 +13,8 @@ from optimizer.forms import save_form
 from optimizer.onnx_files import read_graph
 from optimizer.plan import Job
 from optimizer.tile_graph import cut_tile, cut_whole
-from runners.signature import Dim, Signature
 from runners.part_names import TILE, WHOLE
+from runners.signature import Dim, Signature
 from runners.vae_parts import tile_norms
 
 __all__ = ["part_signatures", "prepare_tiles"]
@@ -55,7 +54,10 @@ def part_signatures(job: Job, config: Config, *, norms: int) -> dict[str, Signat
         latents = ("rows", "columns")
         tile_dims = (
             *(plain.dim(side) for side in sides),
-            *(_part(plain.dim(s), factor, name, of=s) for s, name in zip(sides, latents, strict=True)),
+            *(
+                _part(plain.dim(s), factor, name, of=s)
+                for s, name in zip(sides, latents, strict=True)
+            ),
         )
         whole_dims = (plain.dim("batch"), *(_part(plain.dim(s), factor, s) for s in sides))
     features = floats("features", "batch", channels, *sides)

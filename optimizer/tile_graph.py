@@ -22,7 +22,10 @@ __all__ = ["cut_tile", "cut_whole"]
 
 Half = Literal["decoder", "encoder"]
 
-_FIRST: dict[Half, str] = {"decoder": "up_blocks.0.resnets.0.conv1", "encoder": "mid_block.resnets.0.conv1"}
+_FIRST: dict[Half, str] = {
+    "decoder": "up_blocks.0.resnets.0.conv1",
+    "encoder": "mid_block.resnets.0.conv1",
+}
 """The second part's first convolution."""
 _TYPES = {"float32": ir.DataType.FLOAT}
 
@@ -127,9 +130,9 @@ def _reaching(value: ir.Value) -> list[ir.Node]:
         if node is not None and node not in found:
             found.add(node)
             waiting += [source.producer() for source in node.inputs if source is not None]
-    first = value.producer()
-    assert first is not None and first.graph is not None
-    return [node for node in first.graph if node in found]
+    graph = value.graph
+    assert graph is not None, "it is a value of this graph"
+    return [node for node in graph if node in found]
 
 
 def _tidy(model: ir.Model) -> None:

@@ -33,7 +33,7 @@ class _Norm:
         self._graph, self._node, self._inputs = graph, node, inputs
         self._count = 0
         x, weight, bias = node.inputs
-        assert x is not None and weight is not None and bias is not None and weight.shape
+        assert x is not None and weight is not None and bias is not None and weight.shape  # noqa: PT018
         self._x, self._weight, self._bias = x, weight, bias
         self._groups = int(node.attributes["num_groups"].as_int())
         self._channels = int(weight.shape.numpy()[0])
@@ -49,8 +49,7 @@ class _Norm:
         deviation = self._add("Sqrt", self._add("Add", spread, eps))
         scale = self._by_channel(self._add("Reciprocal", deviation))
         weight, bias = (
-            self._reshaped(value, [1, self._channels, 1, 1])
-            for value in (self._weight, self._bias)
+            self._reshaped(value, [1, self._channels, 1, 1]) for value in (self._weight, self._bias)
         )
         moved = self._add("Sub", self._x, self._by_channel(used))
         scaled = self._add("Mul", moved, self._add("Mul", scale, weight))

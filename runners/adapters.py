@@ -193,7 +193,10 @@ class VaeAdapter(Adapter):
         """What the encoder's wrapper gives."""
         if self._in_parts(x, pixels=1):
             margin = margin_of(self.config, encodes=True)
-            tiles = [self._tiled(self._encoder, one, margin, unit=self._factor) for one in x.split(1)]
+            tiles = [
+                self._tiled(self._encoder, one, margin, unit=self._factor)
+                for one in torch.split(x, 1)
+            ]
             return self._whole(self._encoder, tiles)
         return self._called(self._encoder(), "image", x, pixels=1)
 
@@ -206,8 +209,10 @@ class VaeAdapter(Adapter):
         """Latents already divided by scaling_factor -> images in -1..1."""
         if self._in_parts(z, pixels=self._factor):
             margin = margin_of(self.config, encodes=False)
-            features = self._whole(self._decoder, z.split(1))
-            tiles = [self._tiled(self._decoder, one, margin, unit=1) for one in features.split(1)]
+            features = self._whole(self._decoder, torch.split(z, 1))
+            tiles = [
+                self._tiled(self._decoder, one, margin, unit=1) for one in torch.split(features, 1)
+            ]
             image = torch.cat(tiles)
         else:
             image = self._called(self._decoder(), "latent", z, pixels=self._factor)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["PARTS", "TILE", "WHOLE"]
 
-WHOLE, TILE = "whole", "tile"
+WHOLE = "whole"
+TILE = "tile"
 PARTS = (WHOLE, TILE)
 """Forms of a half: what sees the whole picture, and what sees tiles (runners.vae_parts). They share
 no weights, so both may be open at once."""

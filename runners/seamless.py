@@ -4,15 +4,16 @@ Tiles overlap by a margin beyond which convolutions hardly reach, and only their
 norms use the statistics of the whole picture, which nobody knows at first: those of norm k depend
 on those before it. They are found by a sketch, a tile put together from blocks of the picture: its
 own statistics are a guess; all tiles run with the guess say by how much the sketch is wrong; run
-again, and corrected by that at each norm, it gives the next guess. That takes two or three rounds
-where feeding back what the tiles saw takes ten (README, Ways to draw).
+again, and corrected by that at each norm, it gives the next guess. That takes three rounds, the
+first of them without margins, where feeding back what the tiles saw takes ten.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _ROUNDS = 6
 """At most: latents of pure noise, which are far from any picture's, took four."""
 _BLOCKS = 4
 """Of the sketch, along a side."""
+_REACH = 0.6
 _LEAST = 1e-12
 """Of a variance that is divided by."""
 
@@ -60,16 +62,18 @@ class _Span:
 
 
 def margin_of(config: Any, *, encodes: bool) -> int:
-    """Latents around a tile's core, by an AutoencoderKL's config: half of how far the convolutions
-    of that part reach. Beyond, what is left of a value is too little to be seen (0.6/255 at most on
-    the reference model's).
+    """Latents around a tile's core, by an AutoencoderKL's config: 0.6 of how far convolutions of
+    that part reach. What lies further away hardly counts (on the reference model's VAE 0.6/255 at
+    most beyond the half, 0.02/255 beyond three quarters); a tile's quarter is the most that is
+    taken.
     """
-    levels, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
+    levels: int = len(config["block_out_channels"])
+    layers = int(config["layers_per_block"])
     if encodes:  # from pixels to latents: one more convolution at the beginning and after a level
-        reach = sum((2 * layers + 1) / 2 ** (levels - 1 - level) for level in range(levels))
+        reach = sum((2 * layers + 1) / 2.0 ** (levels - 1 - level) for level in range(levels))
     else:
-        reach = sum((2 * layers + 3) / 2**level for level in range(levels))
-    return -(-int(reach) // 2)
+        reach = sum((2 * layers + 3) / 2.0**level for level in range(levels))
+    return math.ceil(_REACH * reach)
 
 
 def in_seamless_tiles(run: Run, x: Tensor, grid: Grid, norms: tuple[int, ...]) -> Tensor:
@@ -79,52 +83,58 @@ def in_seamless_tiles(run: Run, x: Tensor, grid: Grid, norms: tuple[int, ...]) -
     """
     sides = [min(*pair) for pair in zip(grid.tile, x.shape[-2:], strict=True)]
     cut = Grid((sides[0], sides[1]), grid.unit, grid.margin)
-    spans = [
-        _spans(n // grid.unit, side // grid.unit, grid.margin)
-        for n, side in zip(x.shape[-2:], sides, strict=True)
-    ]
+    rough, spans = (_grid(x, cut, margin=margin) for margin in (0, grid.margin))
     sketch = _sketched(x, cut)
-    even = [torch.full((side // grid.unit,), grid.unit / side) for side in sides]
-    own, theirs = torch.ones(1), torch.zeros(1)
     correction = torch.stack((torch.zeros(norms[0], norms[2]), torch.ones(norms[0], norms[2])), 1)
-    expected = run(sketch, even[0], even[1], own, correction)[1]
-    statistics = expected
-    for _ in range(_ROUNDS):
-        made, seen = _round(lambda *tile: run(*tile, theirs, statistics), x, cut, spans)  # noqa: B023
+    statistics = expected = _sketch_saw(run, sketch, cut, correction)
+    for wanted in (rough, *[spans] * _ROUNDS):
+        made, seen = _round(run, x, cut, wanted, statistics)
         correction = _difference(seen, expected)
-        expected = run(sketch, even[0], even[1], own, correction)[1]
+        expected = _sketch_saw(run, sketch, cut, correction)
         before, statistics = statistics, _corrected(expected, correction)
-        if _distance(before, statistics) < _SETTLED:
+        if wanted is spans and _distance(before, statistics) < _SETTLED:
             break
     return made
 
 
+def _sketch_saw(run: Run, sketch: Tensor, grid: Grid, correction: Tensor) -> Tensor:
+    """The sketch's own statistics, where each norm works with them as corrected."""
+    latents = [side // grid.unit for side in grid.tile]
+    rows, columns = (torch.full((n,), 1 / n) for n in latents)
+    return run(sketch, rows, columns, torch.ones(1), correction)[1]
+
+
+def _grid(x: Tensor, grid: Grid, *, margin: int) -> list[list[_Span]]:
+    """The tiles along both sides."""
+    sides = zip(x.shape[-2:], grid.tile, strict=True)
+    return [_spans(n // grid.unit, tile // grid.unit, margin) for n, tile in sides]
+
+
 def _round(
-    run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    grid: Grid,
-    spans: list[list[_Span]],
+    run: Run, x: Tensor, grid: Grid, spans: list[list[_Span]], statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All tiles once: what they make, and the statistics over all their cores."""
+    """All tiles once with given statistics: what they make, and what all their cores saw."""
     total: Tensor | None = None
     means = squares = torch.zeros(())
     unit = grid.unit
     latents = [n // unit for n in x.shape[-2:]]
-    for down in spans[0]:
-        for across in spans[1]:
-            top, left = down.start * unit, across.start * unit
-            part = x[:, :, top : top + grid.tile[0], left : left + grid.tile[1]]
-            rows, columns = _weights(down, grid.tile[0] // unit), _weights(across, grid.tile[1] // unit)
-            made, seen = run(part, rows, columns)
-            scale = made.shape[-1] * unit // part.shape[-1]
-            if total is None:
-                total = made.new_empty(1, made.shape[1], *(scale * n for n in latents))
-            total[:, :, _core(down, scale), _core(across, scale)] = made[
-                :, :, _inside(down, scale), _inside(across, scale)
-            ]
-            share = (down.high - down.low) * (across.high - across.low) / (latents[0] * latents[1])
-            mean, variance = seen.double().unbind(1)
-            means, squares = means + share * mean, squares + share * (variance + mean.square())
+    theirs = torch.zeros(1)
+    for down, across in product(*spans):
+        top, left = down.start * unit, across.start * unit
+        part = x[:, :, top : top + grid.tile[0], left : left + grid.tile[1]]
+        rows, columns = (
+            _weights(span, side // unit)
+            for span, side in zip((down, across), grid.tile, strict=True)
+        )
+        made, seen = run(part, rows, columns, theirs, statistics)
+        scale = made.shape[-1] * unit // part.shape[-1]
+        if total is None:
+            total = made.new_empty(1, made.shape[1], *(scale * n for n in latents))
+        core = made[:, :, _inside(down, scale), _inside(across, scale)]
+        total[:, :, _core(down, scale), _core(across, scale)] = core
+        share = (down.high - down.low) * (across.high - across.low) / math.prod(latents)
+        mean, variance = seen.double().unbind(1)
+        means, squares = means + share * mean, squares + share * (variance + mean.square())
     assert total is not None, "a picture has a tile at least"
     return total, torch.stack((means, squares - means.square()), 1).float()
 

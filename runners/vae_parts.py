@@ -48,8 +48,11 @@ class _Norms:
 
     def _over_core(self, grouped: Tensor) -> Tensor:
         scale = grouped.shape[-2] // len(self.rows)
-        rows, columns = (side.repeat_interleave(scale) / scale for side in (self.rows, self.columns))
-        return (grouped @ columns @ rows).mean(dim=(0, 2))
+        rows, columns = (
+            side.repeat_interleave(scale) / scale for side in (self.rows, self.columns)
+        )
+        found: Tensor = (grouped @ columns @ rows).mean(dim=(0, 2))
+        return found
 
 
 class _TileNorm(nn.Module):
@@ -67,7 +70,7 @@ class _TileNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.norms is not None, "a tile's part sets it"
-        grouped = x.unflatten(1, (self.groups, -1))
+        grouped = x.reshape(1, self.groups, -1, *x.shape[2:])
         mean, variance = (each[:, None, None, None] for each in self.norms.of(grouped))
         normed = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
@@ -109,7 +112,7 @@ class _Tiled(nn.Module):
 
 
 class DecoderTile(_Tiled):
-    """features [1, channels, height, width] of a tile -> its image [1, 3, height * f, width * f]."""
+    """A tile's features [1, channels, height, width] -> its image [1, 3, height * f, width * f]."""
 
     def _drop(self) -> None:
         _dropped(self.module, "encoder", "quant_conv", "post_quant_conv")
@@ -142,7 +145,7 @@ class DecoderWhole(nn.Module):
 
 
 class EncoderTile(_Tiled):
-    """image [1, 3, height * f, width * f] of a tile -> its features [1, channels, height, width]."""
+    """A tile's image [1, 3, height * f, width * f] -> its features [1, channels, height, width]."""
 
     def _drop(self) -> None:
         _dropped(self.module, "decoder", "quant_conv", "post_quant_conv")

@@ -110,7 +110,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
         name = "-".join([name, *(path.name for path in controlnets)])
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}{'-tiles' * tiles}"
+        out = (
+            folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}{'-tiles' * tiles}"
+        )
         if not out.exists():
             recipe = Recipe.model_validate(
                 {

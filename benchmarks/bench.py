@@ -31,7 +31,7 @@ _HELP_RUNS = 9
         [
             *("startup", "compile", "reference", "full-size"),
             *("quantize", "analyze", "tensorrt", "install", "sdxl", "aoti"),
-            *("memory", "memory-full"),
+            *("memory", "memory-full", "tiles"),
             "attention",
             *("lora", "lora-full-size"),
         ]
@@ -299,6 +299,13 @@ def _aoti(_out: Path, console: Console) -> dict[str, Any]:
     return measure(console)
 
 
+def _tiles(out: Path, console: Console) -> dict[str, Any]:
+    """Decoding in seamless tiles and without."""
+    from benchmarks.tiles import measure_tiles
+
+    return measure_tiles(out, console)
+
+
 def _lora(_out: Path, console: Console) -> dict[str, Any]:
     """LoRAs on the reference model's engines."""
     from benchmarks.lora import measure
@@ -325,6 +332,7 @@ _SECTIONS: dict[str, Callable[[Path, Console], dict[str, Any]]] = {
     "sdxl": _sdxl,
     "memory": _memory,
     "memory-full": _memory_full,
+    "tiles": _tiles,
     "attention": _attention,
     "lora": _lora,
     "lora-full-size": _lora_full_size,
@@ -401,6 +409,10 @@ def _text(document: dict[str, Any]) -> str:
             from benchmarks.memory import text as memory_text
 
             lines += memory_text(found, title)
+    if found := document.get("tiles"):
+        from benchmarks.tiles import text as tiles_text
+
+        lines += tiles_text(found)
     for name in ("lora", "lora-full-size"):
         if found := document.get(name):
             lines.append(

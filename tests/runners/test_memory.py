@@ -58,6 +58,25 @@ def test_rows_are_ordered_by_quality_then_speed() -> None:
     assert [row.way.batch for row in found[:3]] == [4, 2, 1]
 
 
+def test_seamless_tiles_come_before_engines_in_turn() -> None:
+    found = rows(replace(PARTS, seamless=True), ASKED, variant="none")
+    assert [(row.way.residency, row.way.tiled) for row in found[::3]] == [
+        ("keep", False),
+        ("keep", True),
+        ("sequential", False),
+        ("sequential", True),
+    ]
+
+
+def test_both_parts_of_a_half_are_open_in_seamless_tiles() -> None:
+    """One picture at a time goes through them, whatever the batch is."""
+    pixels = 32 * 32
+    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(50)))
+    row = rows(cut, Asked(32, 32, 2), residency="sequential", tiled=True)[0]
+    opened, rise = 100 + pixels + 50, 10 + pixels
+    assert row.stages[-1].peak_bytes == 1000 + opened + rise + 2 * 3 * pixels
+
+
 def test_a_picture_no_larger_than_a_tile_has_no_rows_in_tiles() -> None:
     assert not any(row.way.tiled for row in rows(PARTS, Asked(16, 16)))
     assert any(row.way.tiled for row in rows(PARTS, Asked(16, 24)))

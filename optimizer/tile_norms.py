@@ -71,21 +71,24 @@ class _Norm:
         return used, self._add("Mul", spread, factor)
 
     def _side(self, name: str, axis: int, shape: list[int]) -> ir.Value:
-        """An input of weights in latents as one of the norm's places."""
+        """An input's latents as the norm's places."""
         value = self._inputs[name]
         places = self._add("Shape", self._x, start=axis, end=axis + 1)
         latents = self._add("Shape", value)
         scale = self._add("Div", places, latents)
         wide = self._add("Concat", latents, scale, axis=0)
         repeated = self._add("Expand", self._reshaped(value, [-1, 1]), wide)
-        share = self._add("Cast", scale, to=ir.DataType.FLOAT.value)
-        return self._add("Div", self._reshaped(repeated, shape), share)
+        return self._reshaped(repeated, shape)
 
     def _over_core(self, value: ir.Value, rows: ir.Value, columns: ir.Value) -> ir.Value:
         """[1, channels, height, width] -> the weighted mean of each group, [groups]."""
-        means = self._add("MatMul", rows, self._add("MatMul", value, columns))
+        across = self._add("Div", self._add("MatMul", value, columns), self._total(columns))
+        means = self._add("Div", self._add("MatMul", rows, across), self._total(rows))
         grouped = self._reshaped(means, [self._groups, -1])
         return self._add("ReduceMean", grouped, self._sizes([1]), keepdims=0)
+
+    def _total(self, side: ir.Value) -> ir.Value:
+        return self._add("ReduceSum", side, keepdims=1)
 
     def _by_channel(self, value: ir.Value) -> ir.Value:
         """[groups] -> [1, channels, 1, 1]."""

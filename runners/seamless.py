@@ -99,8 +99,7 @@ def in_seamless_tiles(run: Run, x: Tensor, grid: Grid, norms: tuple[int, ...]) -
 
 def _sketch_saw(run: Run, sketch: Tensor, grid: Grid, correction: Tensor) -> Tensor:
     """The sketch's own statistics, where each norm works with them as corrected."""
-    latents = [side // grid.unit for side in grid.tile]
-    rows, columns = (torch.full((n,), 1 / n) for n in latents)
+    rows, columns = (torch.ones(side // grid.unit) for side in grid.tile)
     return run(sketch, rows, columns, torch.ones(1), correction)[1]
 
 
@@ -148,9 +147,9 @@ def _spans(length: int, tile: int, margin: int) -> list[_Span]:
 
 
 def _weights(span: _Span, tile: int) -> Tensor:
-    """What each of a tile's latents along a side counts for: those of its core, and evenly."""
+    """Which of a tile's latents along a side are its core's."""
     found = torch.zeros(tile)
-    found[_inside(span, 1)] = 1 / (span.high - span.low)
+    found[_inside(span, 1)] = 1
     return found
 
 

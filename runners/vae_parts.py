@@ -48,10 +48,8 @@ class _Norms:
 
     def _over_core(self, grouped: Tensor) -> Tensor:
         scale = grouped.shape[-2] // len(self.rows)
-        rows, columns = (
-            side.repeat_interleave(scale) / scale for side in (self.rows, self.columns)
-        )
-        found: Tensor = (grouped @ columns @ rows).mean(dim=(0, 2))
+        rows, columns = (side.repeat_interleave(scale) for side in (self.rows, self.columns))
+        found: Tensor = (grouped @ columns / columns.sum() @ rows / rows.sum()).mean(dim=(0, 2))
         return found
 
 
@@ -80,8 +78,8 @@ class _Tiled(nn.Module):
     """picture's part, rows [height], columns [width], own [1], given [norms, 2, groups] -> what is
     made of it, seen [norms, 2, groups].
 
-    `rows` and `columns` are in latents, and say what each counts for in the statistics; each sums
-    to 1. A norm's statistics are a mean and a variance a group: own 0 takes those that are given,
+    `rows` and `columns` are in latents, 1 where statistics are seen, 0 elsewhere: numbers that 16
+    bits hold. A norm's statistics are a mean and a variance a group: own 0 takes those that are given,
     own 1 what the part itself has, the mean with `given` added, the variance multiplied by it.
     """
 

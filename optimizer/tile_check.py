@@ -123,8 +123,7 @@ def _tile(engine: Engine, x: Array, *, given: bool) -> Array:
     sizes = {str(axis): n for axis, n in zip(first.axes[2:], x.shape[1:], strict=True)}
     sizes = {dim.name: dim.following(sizes) for dim in signature.dims}
     sides = {
-        name: np.ones(sizes[str(specs[name].axes[0])], np.float32)
-        for name in ("rows", "columns")
+        name: np.ones(sizes[str(specs[name].axes[0])], np.float32) for name in ("rows", "columns")
     }
     neutral = np.zeros([int(axis) for axis in specs["given"].axes], np.float32)
     neutral[:, 1] = 1

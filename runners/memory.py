@@ -381,18 +381,17 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
 def _coded(
     parts: Parts, half: PartMemory, pair: tuple[PartMemory, ...], asked: Asked, way: Way
 ) -> tuple[int, int]:
-    """The peak of a half of the VAE, and what it takes as long as it is open, all parts of it."""
+    """The peak of a half of the VAE, and what stays open of it: of two parts, the one that is last
+    may be either, so the larger.
+    """
     tile = Shape(1, parts.tile**2, asked.tokens)
     if not (way.tiled and pair):
         shape = tile if way.tiled else Shape(way.batch, asked.pixels, asked.tokens)
         return half.peak_bytes(shape), half.open_bytes(shape)
     shapes = (Shape(1, asked.pixels, asked.tokens), tile)
-    opened = sum(part.open_bytes(shape) for part, shape in zip(pair, shapes, strict=True))
-    rises = (
-        part.peak_bytes(shape) - part.open_bytes(shape)
-        for part, shape in zip(pair, shapes, strict=True)
-    )
-    return opened + max(rises), opened
+    both = list(zip(pair, shapes, strict=True))
+    peak = max(part.peak_bytes(shape) for part, shape in both)
+    return peak, max(part.open_bytes(shape) for part, shape in both)
 
 
 def _read(part: PartMemory, way: Way) -> int:

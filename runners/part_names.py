@@ -7,5 +7,4 @@ __all__ = ["PARTS", "TILE", "WHOLE"]
 WHOLE = "whole"
 TILE = "tile"
 PARTS = (WHOLE, TILE)
-"""Forms of a half: what sees the whole picture, and what sees tiles (runners.vae_parts). They share
-no weights, so both may be open at once."""
+"""Forms of a half: what sees the whole picture, and what sees tiles (runners.vae_parts)."""

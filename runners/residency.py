@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from profiles.errors import KilnError
 from runners import gauge
-from runners.part_names import PARTS
 
 if TYPE_CHECKING:
     from runners.engines.base import Engine
@@ -37,32 +36,35 @@ class OpenEngines:
         """
         self.residency: Residency = residency
         self._made, self._checked, self._released = made, checked, released
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[str, Engine] = {}
+        self._forms: dict[str, str] = {}
         self._stack = ExitStack()
         self._stage = ""
 
     def open(self, entry: ComponentEntry, form: str = "") -> Engine:
         """The component's engine, or that of a form of it; one at a time, those of other stages are
-        closed first, and other forms of the same component that hold the same weights.
+        closed first, and another form of the same component.
 
         Nothing stays open where that fails.
         """
-        key = (entry.name, form)
-        for other in [other for other in self._engines if _excludes(other, key)]:
-            self._engines.pop(other).close()
-        if key in self._engines:
-            return self._engines[key]
+        name = entry.name
+        if name in self._engines and self._forms[name] != form:
+            self._engines.pop(name).close()
+            gauge.trim()
+        if name in self._engines:
+            return self._engines[name]
         stage = _stage(entry)
         if self.residency == "sequential" and stage != self._stage:
             self.close()
         self._stage = stage
         try:
-            self._engines[key] = self._stack.enter_context(self._made(entry, form))
-            self._checked(entry, self._engines[key])
+            self._engines[name] = self._stack.enter_context(self._made(entry, form))
+            self._forms[name] = form
+            self._checked(entry, self._engines[name])
         except KilnError:
             self.close()
             raise
-        return self._engines[key]
+        return self._engines[name]
 
     def close(self) -> None:
         """Close all engines; their memory goes back to the system."""
@@ -70,12 +72,6 @@ class OpenEngines:
         self._stack.close()
         self._released()
         gauge.trim()
-
-
-def _excludes(opened: tuple[str, str], wanted: tuple[str, str]) -> bool:
-    """Whether both are forms of one component that hold the same weights."""
-    both_parts = opened[1] in PARTS and wanted[1] in PARTS
-    return opened[0] == wanted[0] and opened[1] != wanted[1] and not both_parts
 
 
 def _stage(entry: ComponentEntry) -> str:

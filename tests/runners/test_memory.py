@@ -68,13 +68,12 @@ def test_seamless_tiles_come_before_engines_in_turn() -> None:
     ]
 
 
-def test_both_parts_of_a_half_are_open_in_seamless_tiles() -> None:
-    """One picture at a time goes through them, whatever the batch is."""
-    pixels = 32 * 32
-    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(50)))
+@pytest.mark.parametrize(("tile", "peak"), [(50, 100 + 10 + 2 * 32 * 32), (5000, 5000 + 10)])
+def test_the_larger_part_of_a_half_counts_in_seamless_tiles(tile: int, peak: int) -> None:
+    """One is open at a time, and one picture at a time goes through it, whatever the batch is."""
+    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(tile)))
     row = rows(cut, Asked(32, 32, 2), residency="sequential", tiled=True)[0]
-    opened, rise = 100 + pixels + 50, 10 + pixels
-    assert row.stages[-1].peak_bytes == 1000 + opened + rise + 2 * 3 * pixels
+    assert row.stages[-1].peak_bytes == 1000 + peak + 2 * 3 * 32 * 32
 
 
 def test_a_picture_no_larger_than_a_tile_has_no_rows_in_tiles() -> None:

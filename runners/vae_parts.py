@@ -79,8 +79,9 @@ class _Tiled(nn.Module):
     made of it, seen [norms, 2, groups].
 
     `rows` and `columns` are in latents, 1 where statistics are seen, 0 elsewhere: numbers that 16
-    bits hold. A norm's statistics are a mean and a variance a group: own 0 takes those that are given,
-    own 1 what the part itself has, the mean with `given` added, the variance multiplied by it.
+    bits hold. A norm's statistics are a mean and a variance a group: own 0 takes those that are
+    given, own 1 what the part itself has, the mean with `given` added, the variance multiplied by
+    it.
     """
 
     def __init__(self, module: nn.Module) -> None:

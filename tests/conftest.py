@@ -18,7 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before torch is imported
 from optimizer.backends import BACKENDS
 from tests.tiny_pipelines import tiny_sd, tiny_taesd
 
-SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "batch": 2}
+SETTINGS: dict[str, object] = {
+    "steps": 4,
+    "size_min": 32,
+    "size_max": 128,
+    "batch": 2,
+    "tiles": False,
+}
 """What all bundles of the tests are compiled for; the tiny model's native size is 64."""
 
 
@@ -125,8 +131,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "dtype": dtype,
                     "target": target,
                     "lora": lora,
-                    "tiles": tiles,
                     **SETTINGS,
+                    "tiles": tiles,
                 }
             )
             with pytest.MonkeyPatch.context() as patch:

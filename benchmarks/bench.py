@@ -38,6 +38,7 @@ _SECTIONS = {
     "sdxl": _Section("full_compile"),
     "memory": _Section("memory", "measure_reference"),
     "memory-full": _Section("memory", "measure_full_size"),
+    "tiles": _Section("tiles"),
     "attention": _Section("attention"),
     "lora": _Section("lora"),
     "lora-full-size": _Section("lora", "measure_full_size"),

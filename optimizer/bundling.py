@@ -16,7 +16,7 @@ import psutil
 from optimizer.backends import backend
 from optimizer.component_source import ComponentSource
 from optimizer.digests import file_digests, sha256_file
-from optimizer.memory_entries import PEAK_NAME, calibrated, part_memory
+from optimizer.memory_entries import PEAK_NAME, calibrated, form_memory, part_memory
 from optimizer.outlook import predicted_base, predicted_part
 from optimizer.plan import Job, Plan
 from optimizer.requiring import native_of, requires_of
@@ -46,6 +46,7 @@ from runners.manifest_file import (
 from runners.mark import is_marked, local_key, mark_bundle
 from runners.outputs import require_writable
 from runners.requires import Host, Observed
+from runners.signature import Signature
 
 __all__ = ["Made", "assemble", "check_target", "same_bundle"]
 
@@ -211,6 +212,7 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
     (folder / config).write_text(json.dumps(document), "utf-8")
     engine_bytes = sum((engine / name).stat().st_size for name in built["files"].values())
     cards = str(built["properties"].get("capabilities", ""))
+    least = int(plan.recipe.size_min or 1)
     return ComponentEntry(
         name=job.name,
         role=job.spec.role,
@@ -243,18 +245,16 @@ def _component(plan: Plan, job: Job, made: Made, folder: Path) -> ComponentEntry
         ran=built["ran"],
         selftest=built["selftest"] and placed[built["selftest"]],
         selftest_db=built["selftest_db"],
-        memory=part_memory(
-            built["memory"],
-            folder / job.name,
-            job.signature,
-            side_min=int(plan.recipe.size_min or 1),
-        )
+        memory=part_memory(built["memory"], folder / job.name, job.signature, side_min=least)
         or predicted_part(plan, job, engine_bytes),
         forms={
             name: FormEntry(
                 files={role: placed[file] for role, file in form["files"].items()},
                 signature=form["signature"],
                 properties=form["properties"],
+                memory=form_memory(
+                    form["memory"], Signature.model_validate(form["signature"]), side_min=least
+                ),
             )
             for name, form in forms.items()
         },

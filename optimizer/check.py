@@ -18,9 +18,11 @@ from optimizer.forms import neutral_feeds, prepared_forms
 from optimizer.numerics import worst_sqnr_db
 from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
+from optimizer.tile_check import built_parts
 from profiles.errors import BuildError, ParityError
 from runners.engines import engine_class
 from runners.engines.base import Engine
+from runners.part_names import PARTS, TILE
 from runners.signature import Signature
 
 __all__ = ["build_and_check", "limit_db"]
@@ -80,6 +82,11 @@ def build_and_check(
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
     _require(job, "the recorded runs", total, oracle["sqnr_db"])
     forms = _forms(job, prepared, out, sampled, alone)
+    if TILE in job.forms:
+        parts = built_parts(job, prepared, out)
+        for where, db in parts.sqnr_db(sampled).items():
+            _require(job, f"{where} in two parts", db, alone[where])
+        forms |= parts.document(first, measures=memory is not None)
     document: dict[str, Any] = {
         **oracle,
         "forms": forms,
@@ -142,11 +149,13 @@ def _opened_proof(job: Job, built: Built, out: Path) -> Engine:
 def _forms(
     job: Job, prepared: Path, out: Path, calls: Mapping[str, Call], alone: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Every form, built and checked with nothing in its further inputs: as good as the plain engine
-    `alone` on the same calls.
+    """Every form but a VAE's parts, built and checked with nothing in its further inputs: as good
+    as the plain engine `alone` on the same calls.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, signature in prepared_forms(prepared).items():
+        if name in PARTS:
+            continue
         built = builder(job.backend).build_form(prepared, out, job.how, name)
         with _opened(job, built, out, signature) as engine:
             for where, call in calls.items():
@@ -157,6 +166,7 @@ def _forms(
             "files": built.files,
             "signature": signature.model_dump(mode="json"),
             "properties": built.properties,
+            "memory": None,
         }
     return found
 

@@ -58,6 +58,7 @@ __all__ = ["analyze_command", "compile_command"]
 @click.option(
     "--few-step", help="hyper, lcm, lightning or turbo: what the model was distilled with."
 )
+@click.option("--no-tiles", is_flag=True, help="No graphs for the VAE in seamless tiles.")
 @click.option("--no-lora", is_flag=True, help="No second graphs, which LoRAs need.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe's file.")
 @click.option("--force", is_flag=True, help="Replace another bundle at -o.")
@@ -102,6 +103,7 @@ def compile_command(
     steps: int | None,
     few_step: str | None,
     no_lora: bool,  # noqa: FBT001
+    no_tiles: bool,  # noqa: FBT001
 ) -> None:
     """Make a bundle from MODEL: a diffusers folder, a hub id, or a .safetensors checkpoint."""
     quiet_libraries()
@@ -132,6 +134,7 @@ def compile_command(
         "steps": steps,
         "few_step": few_step,
         "lora": False if no_lora else None,
+        "tiles": False if no_tiles else None,
         **_sizes(size_range, size),
     }
     recipe = _recipe({k: v for k, v in given.items() if v is not None}, recipe_file)

@@ -60,6 +60,7 @@ def _counts(value: object) -> bool:
 
 
 _NAME = (lambda value: isinstance(value, str), "a name")
+_NAMES = (_are_names, "a list of names")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _WHOLE = (_is_whole, "a whole number of 1 or more")
 _WHOLES = (_are_whole, "a list of whole numbers of 1 or more")
@@ -68,7 +69,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "_class_name": _NAME,
     "addition_embed_type": _NAME,
     "addition_time_embed_dim": _WHOLE,
-    "architectures": (_are_names, "a list of names"),
+    "architectures": _NAMES,
     "axes_dims_rope": _WHOLES,
     "block_out_channels": _WHOLES,
     "class_embed_type": _NAME,
@@ -77,6 +78,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "cross_attention_dim": _WHOLE,
     "d_model": _WHOLE,
     "decoder_block_out_channels": _WHOLES,
+    "down_block_types": _NAMES,
     "encoder_block_out_channels": _WHOLES,
     "encoder_hid_dim": _WHOLE,
     "global_pool_conditions": _FLAG,
@@ -98,6 +100,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "sample_size": _WHOLE,
     "steps": (_is_step_count, "a whole number from 1 to 1000"),
     "time_cond_proj_dim": _WHOLE,
+    "up_block_types": _NAMES,
     "upsampling_scaling_factor": _WHOLE,
 }
 """The keys that are read before a library reads the config: whether a value is right, and what it

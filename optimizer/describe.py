@@ -18,6 +18,7 @@ from optimizer.quantize.schemes import W4A16, W8A8, Nvfp4
 from optimizer.quantize.sensitivity import Sensitivity, sqnr_of
 from profiles.target import sm
 from runners.manifest import Manifest
+from runners.part_names import TILE
 
 __all__ = [
     "analysis_document",
@@ -99,7 +100,7 @@ def plan_text(plan: Plan) -> str:
             f"{job.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
             f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
-    lines += [_policy_line(plan), _lora_line(plan), *_adapted(plan)]
+    lines += [_policy_line(plan), _lora_line(plan), _tiles_line(plan), *_adapted(plan)]
     total = sum(job.predicted_bytes for job in jobs)
     fp32 = sum(4 * job.parameters for job in jobs)
     runs = plan.calibration
@@ -185,6 +186,17 @@ def _autoencoder(plan: Plan) -> list[str]:
     lines = [] if vae is None else [f"vae {vae.name} ({vae.class_name}), not the model's own"]
     named = zip(plan.source.control_folders, plan.source.controls, strict=True)
     return lines + [f"{folder} {control.name} ({control.class_name})" for folder, control in named]
+
+
+def _tiles_line(plan: Plan) -> str:
+    """How pictures larger than the native size may be coded in tiles."""
+    side = plan.native_size
+    if any(TILE in job.forms for job in plan.jobs):
+        return f"tiles: seamless ones of {side} px, two more graphs over the weights of each half"
+    if max(plan.recipe.size_max or 0, side) == side:
+        return "tiles: none, no picture is larger than one"
+    why = "as --no-tiles says" if not plan.recipe.tiles else "the VAE's graphs can't be cut here"
+    return f"tiles: blended ones of {side} px, {why}"
 
 
 def _lora_line(plan: Plan) -> str:

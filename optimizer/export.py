@@ -20,6 +20,7 @@ from onnxscript import optimizer as onnx_optimizer
 from torch import Tensor, nn
 
 from optimizer.graph import clean, name_transposed
+from optimizer.upsampling import upsampling_without_questions
 from profiles.errors import BuildError
 from runners import quantized as _operators  # noqa: F401 (registers the operators)
 from runners.signature import Signature
@@ -78,7 +79,12 @@ def export_onnx(
     log = io.StringIO()
     ops = torch.ops.kiln
     try:
-        with redirect_stdout(log), redirect_stderr(log), torch.no_grad():
+        with (
+            redirect_stdout(log),
+            redirect_stderr(log),
+            torch.no_grad(),
+            upsampling_without_questions(module),
+        ):
             program = torch.onnx.export(
                 module.eval(),
                 tuple(inputs),

@@ -26,14 +26,14 @@ from runners.files import MAPPED_FROM, mapped
 from runners.memory import Feature, PartMemory, Shape
 from runners.signature import Signature
 
-__all__ = ["Seen", "fitted", "measure"]
+__all__ = ["Seen", "fitted", "measure", "measured", "sizes_at"]
 
 _SQUARED_FROM = 0.02
 """Of the largest value: a fit with an attention matrix's term must be better by so much, for with
 few points it would follow any curve, and be far off at larger sizes."""
 
-_LARGE_AT = ((1, 1), (1.5, 1), (1, 2))
-_SMALL_AT = ((1, 1), (2, 1), (4, 2), (8, 1), (8, 2))
+_LARGE_AT: tuple[tuple[float, int], ...] = ((1, 1), (1.5, 1), (1, 2))
+_SMALL_AT: tuple[tuple[float, int], ...] = ((1, 1), (2, 1), (4, 2), (8, 1), (8, 2))
 """(multiple of the smallest side, pictures) of the measured shapes: calls of large engines take
 seconds, those of an autoencoder's at full size a minute."""
 
@@ -53,17 +53,30 @@ def measure(job: Job, built: Built, *, folder: Path, call: Call) -> PartMemory:
     `call` is a recorded one: its inputs are tiled or cut to the shapes. Large files are mapped, as
     a bundle's are.
     """
+    shapes = sizes_at(job.signature, _LARGE_AT if job.parameters > LARGE else _SMALL_AT)
+    return measured(job.backend, built, job.signature, folder, call.inputs, shapes)
+
+
+def measured(
+    backend: str,
+    built: Built,
+    signature: Signature,
+    folder: Path,
+    inputs: Sequence[Array],
+    shapes: Sequence[Mapping[str, int]],
+) -> PartMemory:
+    """The same of any engine in `folder`, at shapes that are given as sizes of its dims."""
     buffers = {role: _buffer(folder / name) for role, name in built.files.items()}
     seen = []
-    for sizes in _shapes(job.signature, large=job.parameters > LARGE):
-        inputs = resized(call.inputs, job.signature, sizes)
-        feeds = {spec.name: x for spec, x in zip(job.signature.inputs, inputs, strict=True)}
+    for sizes in shapes:
+        arrays = resized(inputs, signature, sizes)
+        feeds = {spec.name: x for spec, x in zip(signature.inputs, arrays, strict=True)}
         gauge.trim()
         before = gauge.resident_bytes()
         gauge.reset_peak()
-        engine = engine_class(job.backend)(
+        engine = engine_class(backend)(
             buffers,
-            signature=job.signature,
+            signature=signature,
             properties=built.properties,
             threads=psutil.cpu_count(logical=False) or 1,
         )
@@ -71,7 +84,7 @@ def measure(job: Job, built: Built, *, folder: Path, call: Call) -> PartMemory:
             engine(feeds)
             stays, peak = gauge.resident_bytes(), gauge.peak_bytes()
         seen.append(Seen(_shape(sizes), max(0, stays - before), max(0, peak - before)))
-    return fitted(seen, per_shape=engine_class(job.backend).compiles_shapes)
+    return fitted(seen, per_shape=engine_class(backend).compiles_shapes)
 
 
 def fitted(seen: Sequence[Seen], *, per_shape: bool = False) -> PartMemory:
@@ -100,8 +113,8 @@ def _buffer(path: Path) -> Buffer:
     return mapped(path)
 
 
-def _shapes(signature: Signature, *, large: bool) -> list[dict[str, int]]:
-    """Sizes of the dims: few and small ones where a call takes seconds."""
+def sizes_at(signature: Signature, wanted: Sequence[tuple[float, int]]) -> list[dict[str, int]]:
+    """Sizes of the dims at multiples of the smallest side and so many pictures."""
     dims = {dim.name: dim for dim in signature.dims}
     base = {name: dim.nearest(dim.opt) for name, dim in dims.items()}
     growing: list[str] = [name for name in ("height", "width", "sequence") if name in dims]
@@ -118,7 +131,6 @@ def _shapes(signature: Signature, *, large: bool) -> list[dict[str, int]]:
         sizes = {name: dims[name].nearest(round(start[name] * by)) for name in growing}
         return {**base, **sizes, "batch": dims["batch"].nearest(pictures * dims["batch"].opt)}
 
-    wanted = _LARGE_AT if large else _SMALL_AT
     return [dict(sizes) for sizes in dict.fromkeys(tuple(at(*one).items()) for one in wanted)]
 
 

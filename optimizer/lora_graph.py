@@ -18,7 +18,7 @@ from optimizer.quantize.apply import quantizable_layers
 from runners.lora_inputs import Target, lora_inputs
 from runners.quantized import QuantizedLayer
 
-__all__ = ["Factors", "add_low_rank", "factors", "targets"]
+__all__ = ["Factors", "add_low_rank", "factors", "layer_of", "targets"]
 
 Array = np.ndarray[Any, Any]
 
@@ -61,7 +61,7 @@ def add_low_rank(
     surgery = _Surgery(model.graph)
     found: dict[str, Target] = {}
     for node in list(model.graph):
-        name = _layer_of(node)
+        name = layer_of(node)
         if name is None or name not in wanted:
             continue
         if name not in found:
@@ -74,7 +74,7 @@ def add_low_rank(
     return found
 
 
-def _layer_of(node: ir.Node) -> str | None:
+def layer_of(node: ir.Node) -> str | None:
     """The layer whose product it is, by its weight's or codes' name."""
     if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain:
         return None

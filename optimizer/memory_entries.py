@@ -15,7 +15,15 @@ from runners.manifest import Manifest
 from runners.memory import Asked, Feature, PartMemory, PipelineMemory, is_guided, parts_of, rows
 from runners.signature import Signature
 
-__all__ = ["PEAK_NAME", "PIXEL_BYTES", "calibrated", "part_memory", "per_pixel", "places_per_pixel"]
+__all__ = [
+    "PEAK_NAME",
+    "PIXEL_BYTES",
+    "calibrated",
+    "form_memory",
+    "part_memory",
+    "per_pixel",
+    "places_per_pixel",
+]
 
 PEAK_NAME = "peak.json"
 """Beside the self-test's picture: the most that the process that drew it had resident."""
@@ -42,11 +50,20 @@ def part_memory(
     """
     if measured is None:
         return None
-    part = PartMemory.model_validate(measured)
     sizes = (path.stat().st_size for path in folder.iterdir())
     held = sum(size for size in sizes if size < MAPPED_FROM)
-    part = _grown(per_pixel(part, places_per_pixel(signature, side_min)))
-    return part.model_copy(update={"held_bytes": held})
+    part = form_memory(measured, signature, side_min=side_min)
+    return part and part.model_copy(update={"held_bytes": held})
+
+
+def form_memory(
+    measured: Mapping[str, Any] | None, signature: Signature, *, side_min: int
+) -> PartMemory | None:
+    """The same of a form, whose files are counted with those of its component."""
+    if measured is None:
+        return None
+    part = PartMemory.model_validate(measured)
+    return _grown(per_pixel(part, places_per_pixel(signature, side_min)))
 
 
 def calibrated(manifest: Manifest, *, side: int, peak_bytes: int) -> PipelineMemory | None:

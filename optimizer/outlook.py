@@ -18,7 +18,7 @@ from optimizer.families.outlines import Outline
 from optimizer.layout import PIPELINE, family_of
 from optimizer.plan import Job, Plan
 from optimizer.source import HUB_ID, resolve
-from optimizer.vae_config import completed, require_known
+from optimizer.vae_config import completed, require_known, splits
 from profiles import profile as profiles
 from profiles.errors import SpecError
 from profiles.facts import Facts
@@ -80,7 +80,14 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
         name=model,
         family=known.name,
         device="card" if chosen.device == "gpu" else "processor",
-        parts=parts_of_model(known, outlines, chosen, dtype=dtype, native=native),
+        parts=parts_of_model(
+            known,
+            outlines,
+            chosen,
+            dtype=dtype,
+            native=native,
+            seamless=chosen.forms and splits(configs["vae"]),
+        ),
         side=Dim(name="side", min=step, opt=native, max=_SIDE_MAX // step * step, multiple_of=step),
         native=native,
         batch_max=None,
@@ -97,6 +104,7 @@ def parts_of_model(
     *,
     dtype: str,
     native: int,
+    seamless: bool,
 ) -> Parts:
     """The parts of a model that is compiled for `backend`, its denoiser at each level that the
     backend has.
@@ -116,6 +124,7 @@ def parts_of_model(
         encoder=part(names["vae_encoder"][0]),
         pipeline=_pipeline("card" if backend.device == "gpu" else "processor"),
         tile=native,
+        seamless=seamless,
     )
 
 

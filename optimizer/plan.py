@@ -37,12 +37,13 @@ from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
 from optimizer.sizes import layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
-from optimizer.vae_config import require_known
+from optimizer.vae_config import require_known, splits
 from profiles.errors import SpecError, UnsupportedError
 from profiles.hardware import Hardware
 from profiles.profile import Profile
 from profiles.target import parse_target
 from runners.control_tasks import CONTROL
+from runners.part_names import PARTS
 from runners.signature import Dim, Signature
 
 __all__ = ["Job", "Plan", "make_plan", "with_policy"]
@@ -359,7 +360,7 @@ def _job(spec: ComponentSpec, source: ModelSource, signature: Signature, recipe:
         parameters=parameters,
         predicted_bytes=predicted,
         fixed_bytes=fixed,
-        forms=_forms(spec, source, recipe),
+        forms=_forms(spec, source, signature, recipe),
         least_bytes=fixed
         + sum(
             min(scheme.fitted(shape).stored_bytes(shape, float_bytes) for scheme in tried)
@@ -396,10 +397,27 @@ _TAKE_LORA = ("clip_text", "clip_hidden")
 """Wrappers of text encoders that LoRAs are made for."""
 
 
-def _forms(spec: ComponentSpec, source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
-    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known; and
-    control networks' for a denoiser that has any, for which UnsupportedError is raised elsewhere.
+def _parts(
+    spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe
+) -> tuple[str, ...]:
+    """Those that half of a VAE is cut into, where it can be and larger pictures than a tile, which
+    is of the native size, may come.
     """
+    able = backend_named(str(recipe.backend)).forms and source.kind != "onnx"
+    larger = any(dim.max > dim.opt for dim in map(signature.dim, ("height", "width")))
+    wanted = recipe.tiles and able and larger and splits(source.checked_config(spec.folder))
+    return PARTS if wanted else ()
+
+
+def _forms(
+    spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe
+) -> tuple[str, ...]:
+    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known; and
+    control networks' for a denoiser that has any, for which UnsupportedError is raised elsewhere;
+    a VAE's parts, where there are pictures larger than a tile.
+    """
+    if spec.role.startswith("vae"):
+        return _parts(spec, source, signature, recipe)
     takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
     known = backend_named(str(recipe.backend))
     lora = recipe.lora and takes and known.forms and source.kind != "onnx"

@@ -29,8 +29,10 @@ from optimizer.plan import Job, Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import planned_layers, quantized_layers
 from optimizer.record import load_statistics
+from optimizer.tile_form import prepare_tiles
 from runners.control_tasks import CONTROL
 from runners.modules import WRAPPERS
+from runners.part_names import TILE
 from runners.quantized import insert_quantized
 
 __all__ = ["prepare", "run_module"]
@@ -94,12 +96,14 @@ def prepare(
         _export(wrapper, job, next(iter(calls.values())), out)
     else:
         _store(module, plan, job, out)
+    with_graph = backend(job.backend).form == "onnx"
     if "lora" in job.forms:
-        prepare_lora(module, job.signature, out, with_graph=backend(job.backend).form == "onnx")
+        prepare_lora(module, job.signature, out, with_graph=with_graph)
     if CONTROL in job.forms:
         config = plan.source.checked_config(job.spec.folder)
-        with_graph = backend(job.backend).form == "onnx"
         prepare_control(module, job, config, out, with_graph=with_graph)
+    if TILE in job.forms:
+        prepare_tiles(module, job, out, with_graph=with_graph)
 
 
 def _unseen_calls(wrapper: nn.Module, job: Job, calls: list[Call]) -> dict[str, Call]:

@@ -67,6 +67,8 @@ class Recipe(BaseModel):
     """The pictures at once that must work."""
     lora: bool = True
     """Whether the engines take LoRAs, where their backend can: a second graph each."""
+    tiles: bool = True
+    """Whether the VAE is cut for seamless tiles, where it and its backend can: two graphs each."""
     few_step: str | None = None
     """What the model was distilled with, where its files don't say it."""
     steps: int | None = Field(default=None, ge=1, le=1000)

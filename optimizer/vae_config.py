@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from profiles.errors import SpecError
 
-__all__ = ["AUTOENCODERS", "TINY", "completed", "require_fitting", "require_known"]
+__all__ = ["AUTOENCODERS", "TINY", "completed", "require_fitting", "require_known", "splits"]
 
 TINY = "AutoencoderTiny"
 """diffusers' class of TAESD and its kin."""
@@ -112,6 +112,20 @@ def require_known(config: Mapping[str, Any], *, where: str) -> None:
                 f"diffusers' pipelines count {_factor(config)}: give one whose halves have the "
                 "same number of levels, and an upsampling_scaling_factor of 2"
             )
+
+
+def splits(config: Mapping[str, Any]) -> bool:
+    """Whether a completed config's halves can be cut in two parts for seamless tiles: those of an
+    AutoencoderKL whose blocks are of diffusers' common kind, without attention.
+
+    All others, and backends that build no forms, have tiles that are blended (runners.tiling): an
+    AutoencoderTiny has neither norms nor attention, others' differ a little from whole pictures.
+    """
+    kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
+    return config["_class_name"] == "AutoencoderKL" and kinds <= _CONVOLUTIONAL
+
+
+_CONVOLUTIONAL = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
 def require_fitting(config: Mapping[str, Any], own: Mapping[str, Any], *, where: str) -> None:

@@ -8,7 +8,7 @@ an engine; everything else (schedulers, guidance, callbacks, img2img) stays diff
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,8 @@ from transformers.utils import ModelOutput
 from profiles.errors import UnsupportedError
 from runners.engines.base import DeviceEngine, Engine
 from runners.modules import component_class
+from runners.part_names import TILE, WHOLE
+from runners.seamless import Grid, in_seamless_tiles, margin_of
 from runners.tiling import in_tiles
 
 __all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run", "with_defaults"]
@@ -150,14 +152,17 @@ class VaeAdapter(Adapter):
         encoder: OpenEngine,
         decoder: OpenEngine,
         tile_side: int | None = None,
+        seamless: bool = False,
     ) -> None:
         """Take the VAE's config and functions that open its engines once.
 
-        `tile_side`: pixels of a tile's side, where larger pictures are to be coded in tiles.
+        `tile_side`: pixels of a tile's side, where larger pictures are to be coded in tiles;
+        `seamless`: whether the engines have the forms for tiles that give what the whole picture
+        does (runners.seamless), else tiles are blended (runners.tiling).
         """
         super().__init__(with_defaults(config))
         self._encoder, self._decoder = encoder, decoder
-        self._tile_side, self.use_tiling = tile_side, False
+        self._tile_side, self.use_tiling, self._seamless = tile_side, False, seamless
         self._encoded_as = _ENCODED.get(str(config.get("_class_name")), _distributed)
 
     def enable_tiling(self) -> None:
@@ -186,6 +191,13 @@ class VaeAdapter(Adapter):
 
     def _encode(self, x: Tensor) -> Tensor:
         """What the encoder's wrapper gives."""
+        if self._in_parts(x, pixels=1):
+            margin = margin_of(self.config, encodes=True)
+            tiles = [
+                self._tiled(self._encoder, one, margin, unit=self._factor)
+                for one in torch.split(x, 1)
+            ]
+            return self._whole(self._encoder, tiles)
         return self._called(self._encoder(), "image", x, pixels=1)
 
     def decode(
@@ -195,13 +207,48 @@ class VaeAdapter(Adapter):
         generator: torch.Generator | None = None,  # noqa: ARG002 (diffusers' signature)
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents already divided by scaling_factor -> images in -1..1."""
-        image = self._called(self._decoder(), "latent", z, pixels=self._factor)
+        if self._in_parts(z, pixels=self._factor):
+            margin = margin_of(self.config, encodes=False)
+            features = self._whole(self._decoder, torch.split(z, 1))
+            tiles = [
+                self._tiled(self._decoder, one, margin, unit=1) for one in torch.split(features, 1)
+            ]
+            image = torch.cat(tiles)
+        else:
+            image = self._called(self._decoder(), "latent", z, pixels=self._factor)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     @property
     def _factor(self) -> int:
         """Pixels of a latent's side."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    def _in_parts(self, x: Tensor, *, pixels: int) -> bool:
+        """Whether `x`, a place of which has so many pixels a side, is coded in seamless tiles."""
+        if not (self.use_tiling and self._seamless and self._tile_side is not None):
+            return False
+        return max(x.shape[-2:]) * pixels > self._tile_side
+
+    def _whole(self, half: OpenEngine, given: Iterable[Tensor]) -> Tensor:
+        """What the whole pictures' part of a half gives, one picture at a time."""
+        engine = half(WHOLE)
+        name = engine.signature.inputs[0].name
+        return torch.cat([run(engine, **{name: one})[0] for one in given])
+
+    def _tiled(self, half: OpenEngine, x: Tensor, margin: int, *, unit: int) -> Tensor:
+        """What the tiles' part of a half gives for one picture, `unit` places a latent."""
+        engine = half(TILE)
+        first, *_, statistics = engine.signature.inputs
+        assert self._tile_side is not None, "was asked before"
+        side = self._tile_side * unit // self._factor
+        height, width = (engine.signature.dim(d).nearest(side) for d in _SIDES)
+
+        def one(part: Tensor, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor) -> Any:
+            beside = {"rows": rows, "columns": columns, "own": own, "given": given}
+            return run(engine, **{first.name: part}, **beside)
+
+        norms = tuple(int(axis) for axis in statistics.axes)
+        return in_seamless_tiles(one, x, Grid((height, width), unit, margin), norms)
 
     def _called(self, engine: Engine, name: str, x: Tensor, *, pixels: int) -> Tensor:
         """The engine's only output, in tiles where those are wanted and `x` is larger than one.

@@ -122,7 +122,9 @@ def _unmeasured(manifest: Manifest, asked: Asked, wanted: Wanted) -> Choice:
         )
     found = [
         way
-        for way in ways(tuple(manifest.denoisers), asked, manifest.native_size)
+        for way in ways(
+            tuple(manifest.denoisers), asked, manifest.native_size, seamless=manifest.seamless
+        )
         if wanted.variant in (None, way.variant)
         and wanted.residency in (None, way.residency)
         and wanted.tiled in (None, way.tiled)

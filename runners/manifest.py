@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from profiles.errors import SpecError
 from runners.memory import PartMemory, PipelineMemory
+from runners.part_names import PARTS
 from runners.paths import plain_path, require_distinct
 from runners.requires import Observed, Requires
 from runners.signature import Signature
@@ -95,15 +96,19 @@ class ModelEntry(BaseModel):
 
 
 class FormEntry(BaseModel):
-    """A component's engine once more, with further inputs, over the same weights' file."""
+    """A component's engine once more, with further inputs, or a part of it alone, over the same
+    weights' file.
+    """
 
     model_config = _STRICT
 
     files: dict[str, RelativePath]
     """What the file is to the backend -> where it lies; some of them are the plain engine's."""
     signature: Signature
-    """That of the plain engine, and the further inputs."""
+    """That of the plain engine and the further inputs, or a part's own."""
     properties: dict[str, str | int | float | bool]
+    memory: PartMemory | None = None
+    """What it takes of memory; None where that is what the plain engine takes."""
 
 
 class ComponentEntry(BaseModel):
@@ -152,7 +157,8 @@ class ComponentEntry(BaseModel):
     memory: PartMemory | None = None
     """What it takes of memory; None in bundles older than schema 4."""
     forms: dict[str, FormEntry] = {}
-    """Its other graphs by what they take beside the plain one's inputs: "lora"."""
+    """Its other graphs by what they take beside the plain one's inputs ("lora", "control"), or by
+    which part of it they are (runners.part_names)."""
 
 
 class Picture(BaseModel):
@@ -243,6 +249,12 @@ class Manifest(BaseModel):
     def on_card(self) -> bool:
         """Whether any engine runs on a card."""
         return any(entry.requires.capabilities is not None for entry in self.engines)
+
+    @property
+    def seamless(self) -> bool:
+        """Whether the VAE runs in seamless tiles: all its halves have both parts."""
+        halves = [entry for entry in self.components if entry.role.startswith("vae")]
+        return all(name in half.forms for half in halves for name in PARTS)
 
     @property
     def engines(self) -> tuple[ComponentEntry, ...]:

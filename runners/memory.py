@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from profiles.errors import OutOfMemory, SpecError
+from runners.part_names import PARTS
 
 if TYPE_CHECKING:
     from runners.manifest import Manifest
@@ -172,6 +173,11 @@ class Parts:
     """Side in pixels of the VAE's tiles; larger pictures may be decoded in tiles."""
     controls: tuple[PartMemory, ...] = ()
     """The control networks that take turns with the denoiser."""
+    seamless: bool = False
+    """Whether pictures in tiles are what whole ones are; else tiles come last."""
+    decoder_parts: tuple[PartMemory, ...] = ()
+    """Of the decoder in seamless tiles: its part of the whole picture, and that of tiles."""
+    encoder_parts: tuple[PartMemory, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,13 +211,13 @@ def rows(
 ) -> tuple[Row, ...]:
     """All ways to draw what is asked, best first, or those with what the keywords say.
 
-    Quality first (the order of the variants, whole pictures before tiles), then speed: parts kept
-    before sequential, large batches before small ones. There are none where the keywords
+    Quality first (the order of the variants), then speed: parts kept before sequential, whole
+    pictures before tiles, large batches before small ones. There are none where the keywords
     contradict the bundle: no such variant, or a picture that is no larger than a tile.
     """
     return tuple(
         Row(way, tuple(_stages(parts, asked, way)))
-        for way in ways(tuple(parts.denoisers), asked, parts.tile)
+        for way in ways(tuple(parts.denoisers), asked, parts.tile, seamless=parts.seamless)
         if variant in (None, way.variant)
         and residency in (None, way.residency)
         and tiled in (None, way.tiled)
@@ -278,7 +284,17 @@ def parts_of(manifest: Manifest, controls: Collection[str] = ()) -> Parts | None
         pipeline=manifest.memory,
         tile=manifest.native_size,
         controls=tuple(part for name, part in memory.items() if name in controls and part),
+        seamless=manifest.seamless,
+        decoder_parts=_halves(manifest, "vae_decoder"),
+        encoder_parts=_halves(manifest, "vae_encoder"),
     )
+
+
+def _halves(manifest: Manifest, role: str) -> tuple[PartMemory, ...]:
+    """Of the two parts of the VAE's half in this role, where it has them and they were measured."""
+    forms = next((e.forms for e in manifest.components if e.role == role), {})
+    found = [forms[name].memory for name in PARTS if name in forms]
+    return tuple(part for part in found if part is not None)
 
 
 def is_guided(manifest: Manifest, guidance: float | None = None) -> bool:
@@ -299,11 +315,13 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def ways(variants: tuple[str, ...], asked: Asked, tile: int) -> Iterator[Way]:
+def ways(
+    variants: tuple[str, ...], asked: Asked, tile: int, *, seamless: bool = False
+) -> Iterator[Way]:
     """All ways to draw what is asked, best first; `tile` is the side of the VAE's tiles.
 
-    Tiles change a picture (each is normed, and attends, by itself), so they come after everything
-    that doesn't.
+    Tiles come before engines are opened in turn; those that aren't `seamless` change a picture
+    (each is normed, and attends, by itself), so they come after everything that doesn't.
     """
     batches = [asked.batch]
     while batches[-1] > 1:
@@ -311,10 +329,12 @@ def ways(variants: tuple[str, ...], asked: Asked, tile: int) -> Iterator[Way]:
     residencies: tuple[Residency, ...] = ("keep", "sequential")
     tiles = (False, True) if max(asked.width, asked.height) > tile else (False,)
     for variant in variants:
-        for tiled in tiles:
-            for residency in residencies:
-                for batch in batches:
-                    yield Way(variant, residency, tiled, batch)
+        kinds = [(r, t) for r in residencies for t in tiles]
+        if not seamless:
+            kinds.sort(key=lambda kind: kind[1])
+        for residency, tiled in kinds:
+            for batch in batches:
+                yield Way(variant, residency, tiled, batch)
 
 
 def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
@@ -335,15 +355,11 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
         kept += part.open_bytes(text) if keeps else 0
     yield Stage("text_encoding", base + peak)
 
-    picture = Shape(way.batch, asked.pixels, asked.tokens)
-    tile = Shape(1, parts.tile**2, asked.tokens)
-    vae, pictures = (tile if way.tiled else picture), _picture_bytes(parts, asked, way)
+    pictures = _picture_bytes(parts, asked, way)
     if asked.from_picture and parts.encoder is not None:
-        yield Stage(
-            "encoding",
-            base + kept + parts.encoder.peak_bytes(vae) + pictures + _read(parts.encoder, way),
-        )
-        kept += parts.encoder.open_bytes(vae) if keeps else 0
+        peak, stays = _coded(parts, parts.encoder, parts.encoder_parts, asked, way)
+        yield Stage("encoding", base + kept + peak + pictures + _read(parts.encoder, way))
+        kept += stays if keeps else 0
 
     prompts = 2 if asked.guided else 1
     step = Shape(prompts * way.batch, asked.pixels, asked.tokens)
@@ -353,10 +369,29 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
     yield Stage("denoising", base + kept + stays + rise + sum(_read(part, way) for part in turns))
     kept += stays if keeps else 0
 
-    decoding = max(parts.decoder.peak_bytes(vae), parts.decoder.open_bytes(vae) + pictures)
+    peak, opened = _coded(parts, parts.decoder, parts.decoder_parts, asked, way)
+    decoding = max(peak, opened + pictures)
+    if way.tiled:  # they are put together beside the tile's engine
+        decoding = peak + pictures
     if not way.tiled:
         decoding += _again(parts.decoder, Shape(rest, asked.pixels, asked.tokens))
     yield Stage("decoding", base + kept + decoding + _read(parts.decoder, way))
+
+
+def _coded(
+    parts: Parts, half: PartMemory, pair: tuple[PartMemory, ...], asked: Asked, way: Way
+) -> tuple[int, int]:
+    """The peak of a half of the VAE, and what stays open of it: of two parts, the one that is last
+    may be either, so the larger.
+    """
+    tile = Shape(1, parts.tile**2, asked.tokens)
+    if not (way.tiled and pair):
+        shape = tile if way.tiled else Shape(way.batch, asked.pixels, asked.tokens)
+        return half.peak_bytes(shape), half.open_bytes(shape)
+    shapes = (Shape(1, asked.pixels, asked.tokens), tile)
+    both = list(zip(pair, shapes, strict=True))
+    peak = max(part.peak_bytes(shape) for part, shape in both)
+    return peak, max(part.open_bytes(shape) for part, shape in both)
 
 
 def _read(part: PartMemory, way: Way) -> int:

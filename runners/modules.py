@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from profiles.errors import SpecError
 from runners.controls import ControlledUNet, ControlNet
 from runners.unets import TimestepUNet, unet_wrapper
+from runners.vae_parts import DecoderTile, DecoderWhole, EncoderTile, EncoderWhole
 
 __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 
@@ -270,7 +271,11 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,
     "vae_decoder": VaeDecoder,
+    "vae_decoder_tile": DecoderTile,
+    "vae_decoder_whole": DecoderWhole,
     "vae_encoder": VaeEncoder,
+    "vae_encoder_tile": EncoderTile,
+    "vae_encoder_whole": EncoderWhole,
     "tiny_vae_encoder": TinyVaeEncoder,
 }
 """The wrappers by their names in families and manifests: each a calling convention."""

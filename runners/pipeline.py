@@ -273,6 +273,7 @@ def _assembled(cls: Any, loaded: LoadedBundle, controls: tuple[str, ...]) -> Any
         encoder=partial(loaded.engine, "vae_encoder"),
         decoder=partial(loaded.engine, "vae_decoder"),
         tile_side=bundle.manifest.native_size,
+        seamless=bundle.manifest.seamless,
     )
     return pipeline_of(cls, parts, bundle.manifest.model.settings)
 

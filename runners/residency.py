@@ -50,6 +50,7 @@ class OpenEngines:
         name = entry.name
         if name in self._engines and self._forms[name] != form:
             self._engines.pop(name).close()
+            gauge.trim()
         if name in self._engines:
             return self._engines[name]
         stage = _stage(entry)

@@ -21,11 +21,15 @@ _IGNORED = 0.25
 """Of the overlap, at a tile's edge."""
 
 
-def starts(length: int, tile: int, *, unit: int = 1) -> list[int]:
-    """Where tiles begin on a side of so many places, spread evenly, at multiples of `unit`."""
+def starts(length: int, tile: int, *, unit: int = 1, overlap: int | None = None) -> list[int]:
+    """Where tiles begin on a side of so many places, spread evenly, at multiples of `unit`.
+
+    They overlap by `overlap` places at least, a quarter of a tile by default.
+    """
     if length <= tile:
         return [0]
-    step = max(unit, int(tile * (1 - _OVERLAP)) // unit * unit)
+    kept = int(tile * (1 - _OVERLAP)) if overlap is None else tile - overlap
+    step = max(unit, kept // unit * unit)
     count = -(-(length - tile) // step)
     return [i * (length - tile) // (count * unit) * unit for i in range(count + 1)]
 

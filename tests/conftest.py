@@ -20,7 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before torch is imported
 from optimizer.backends import BACKENDS
 from tests.tiny_pipelines import tiny_sd, tiny_taesd
 
-SETTINGS: dict[str, object] = {"steps": 4, "size_min": 32, "size_max": 128, "batch": 2}
+SETTINGS: dict[str, object] = {
+    "steps": 4,
+    "size_min": 32,
+    "size_max": 128,
+    "batch": 2,
+    "tiles": False,
+}
 """What all bundles of the tests are compiled for; the tiny model's native size is 64."""
 
 
@@ -112,7 +118,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
     """`bundle(backend, quant="none", dtype="fp32", target=None)`: the tiny model, once a session.
 
     `model` is another one than `tiny_model`, `vae` an autoencoder in its VAE's place, `controlnets`
-    are beside it; `lora` says whether its engines take LoRAs. Not to be changed: copy it first.
+    are beside it; `lora` says whether its engines take LoRAs, `tiles` whether its VAE has seamless
+    tiles. Not to be changed: copy it first.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -126,6 +133,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
         controlnets: tuple[Path, ...] = (),
         *,
         lora: bool = False,
+        tiles: bool = False,
     ) -> Path:
         from optimizer.compile import compile_bundle
         from optimizer.recipe import Recipe
@@ -133,7 +141,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
 
         name = f"{(model or tiny_model).name}-{vae.name if vae else ''}"
         name = "-".join([name, *(path.name for path in controlnets)])
-        out = folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}"
+        out = (
+            folder / f"{name}-{backend}-{quant}-{dtype}-{target}{'-lora' * lora}{'-tiles' * tiles}"
+        )
         if not out.exists():
             recipe = Recipe.model_validate(
                 {
@@ -147,6 +157,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> MakeBu
                     "target": target,
                     "lora": lora,
                     **SETTINGS,
+                    "tiles": tiles,
                 }
             )
             with pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,7 @@ from typing import Any
 from optimizer.backends import Built, How
 from optimizer.progress import Progress
 from runners.control_tasks import CONTROL
+from runners.part_names import PARTS
 
 __all__ = ["build", "build_form", "low_bit_layers"]
 
@@ -29,7 +30,9 @@ def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     if "lora" in wanted:
         own["lora"] = "lora.safetensors"
         shutil.copyfile(source / own["lora"], out / own["lora"])
-    wrapper = f"{how.wrapper}_{CONTROL}" if CONTROL in wanted else how.wrapper
+    wrapper = how.wrapper
+    for changed in (CONTROL, *PARTS):  # forms that run the module in another way
+        wrapper = f"{how.wrapper}_{changed}" if changed in wanted else wrapper
     return Built(files={**_FILES, **own}, properties=_properties(how, wrapper))
 
 

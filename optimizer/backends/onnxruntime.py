@@ -35,6 +35,7 @@ def build_form(source: Path, out: Path, how: How, name: str) -> Built:  # noqa: 
     """Write NAME.onnx into `out`, over the plain engine's tensors."""
     model = read_stored(source / form_graph(name))
     use_kernels(model)
+    use_blocks(model)
     plain = read_graph(out / _GRAPH)
     ir.external_data.set_base_dir(plain.graph, out)
     share_tensors(model, plain, out / _WEIGHTS)

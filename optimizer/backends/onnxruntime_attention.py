@@ -39,8 +39,24 @@ def _heads(node: ir.Node) -> int | None:
         return None
     if any(_number(node, name, plain) != plain for name, plain in _PLAIN.items()):
         return None
-    counts = {_axis(x, 1) for x in (query, key, value)}
+    counts = {_axis(x, 1) or _split_into(x) for x in (query, key, value)}
     return counts.pop() if len(counts) == 1 else None
+
+
+def _split_into(value: ir.Value) -> int | None:
+    """The heads that a value without a known shape, as a VAE's are, was split into: a Reshape to
+    [batch, places, heads, size], then a Transpose.
+    """
+    turned = value.producer()
+    split = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
+    reshape = None if split is None else split.producer()
+    shape = reshape.inputs[1] if reshape is not None and reshape.op_type == "Reshape" else None
+    joined = None if shape is None else shape.producer()
+    if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 4:
+        return None
+    constant = joined.inputs[2] and joined.inputs[2].const_value
+    found = -1 if constant is None else int(constant.numpy().item())
+    return found if found > 0 else None
 
 
 def _axis(value: ir.Value, axis: int) -> int | None:

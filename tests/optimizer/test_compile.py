@@ -21,7 +21,7 @@ from tests.tracked import ROOT
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
-OPTIONS = ("--size-range", "32:128", "--batch", "2", "--steps", "4", "--no-lora")
+OPTIONS = ("--size-range", "32:128", "--batch", "2", "--steps", "4", "--no-lora", "--no-tiles")
 PLAIN = ("--quant", "none", "--dtype", "fp32", "--backend", "openvino", *OPTIONS)
 BUNDLES = [
     ("openvino", "none"),

@@ -58,6 +58,24 @@ def test_rows_are_ordered_by_quality_then_speed() -> None:
     assert [row.way.batch for row in found[:3]] == [4, 2, 1]
 
 
+def test_seamless_tiles_come_before_engines_in_turn() -> None:
+    found = rows(replace(PARTS, seamless=True), ASKED, variant="none")
+    assert [(row.way.residency, row.way.tiled) for row in found[::3]] == [
+        ("keep", False),
+        ("keep", True),
+        ("sequential", False),
+        ("sequential", True),
+    ]
+
+
+@pytest.mark.parametrize(("tile", "peak"), [(50, 100 + 10 + 2 * 32 * 32), (5000, 5000 + 10)])
+def test_the_larger_part_of_a_half_counts_in_seamless_tiles(tile: int, peak: int) -> None:
+    """One is open at a time, and one picture at a time goes through it, whatever the batch is."""
+    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(tile)))
+    row = rows(cut, Asked(32, 32, 2), residency="sequential", tiled=True)[0]
+    assert row.stages[-1].peak_bytes == 1000 + peak + 2 * 3 * 32 * 32
+
+
 def test_a_picture_no_larger_than_a_tile_has_no_rows_in_tiles() -> None:
     assert not any(row.way.tiled for row in rows(PARTS, Asked(16, 16)))
     assert any(row.way.tiled for row in rows(PARTS, Asked(16, 24)))

@@ -1,0 +1,157 @@
+"""Seamless tiles: what engines give in tiles is what they give of whole pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from runners.seamless import Grid, in_seamless_tiles, margin_of
+
+MakeBundle = Callable[..., Path]
+
+REFERENCE = Path(__file__).parents[2] / "benchmarks" / "reference_model"
+SIDE = 128
+"""Twice the native side of both models here, and so twice a tile's."""
+
+
+def _uneven(channels: int, side: int) -> Tensor:
+    """Two pictures, darker to the left, with detail: each tile's statistics are others."""
+    made = torch.Generator().manual_seed(5)
+    coarse = torch.randn(2, channels, 5, 5, generator=made)
+    wide = functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    detail = torch.randn(2, channels, side, side, generator=made)
+    return wide + torch.linspace(-1, 1, side) + 0.2 * detail
+
+
+def _pixels(image: Tensor) -> Any:
+    """In 255ths of the range."""
+    return (image.clamp(-1, 1) * 127.5).numpy()
+
+
+@pytest.fixture(scope="module", params=("openvino", "onnxruntime", "eager"))
+def pipeline(request: pytest.FixtureRequest, bundle: MakeBundle) -> Iterator[Any]:
+    import runners
+
+    loaded = runners.load(bundle(request.param, tiles=True), threads=1)
+    yield loaded
+    loaded.kiln.close()
+
+
+@pytest.fixture
+def vae(pipeline: Any) -> Iterator[Any]:
+    yield pipeline.vae
+    pipeline.vae.disable_tiling()
+
+
+def test_pictures_are_decoded_as_whole_ones_are(vae: Any) -> None:
+    """Random weights see as far as convolutions reach, trained ones hardly: those are below."""
+    latents = _uneven(4, SIDE // 4)
+    whole = _pixels(vae.decode(latents).sample)
+    vae.enable_tiling()
+    tiled = _pixels(vae.decode(latents).sample)
+    assert whole.std() > 10  # no even grey
+    assert np.abs(tiled - whole).mean() < 1
+
+
+def test_pictures_are_encoded_as_whole_ones_are(vae: Any) -> None:
+    images = _uneven(3, SIDE).clamp(-1, 1)
+    whole = vae.encode(images).latent_dist.mean.numpy()
+    vae.enable_tiling()
+    tiled = vae.encode(images).latent_dist.mean.numpy()
+    assert np.abs(tiled - whole).mean() < np.ptp(whole) / 255
+
+
+def test_sides_needn_t_be_whole_tiles(vae: Any) -> None:
+    latents = _uneven(4, SIDE // 4)[:1, :, :14, :26]  # lower than a tile, and wider
+    whole = _pixels(vae.decode(latents).sample)
+    vae.enable_tiling()
+    tiled = _pixels(vae.decode(latents).sample)
+    assert tiled.shape == whole.shape
+    assert np.abs(tiled - whole).mean() < 1
+
+
+def test_one_part_is_open_at_a_time(pipeline: Any, vae: Any) -> None:
+    forms = pipeline.kiln._open._forms
+    vae.enable_tiling()
+    vae.decode(_uneven(4, SIDE // 4)[:1])
+    assert forms["vae_decoder"] == "tile"
+    vae.decode(_uneven(4, 16)[:1])  # no larger than a tile
+    assert forms["vae_decoder"] == ""
+
+
+def test_trained_weights_leave_no_seams() -> None:
+    from diffusers import AutoencoderKL
+
+    from runners.vae_parts import DecoderTile, DecoderWhole, tile_norms
+
+    def halved() -> Any:
+        module = AutoencoderKL.from_pretrained(REFERENCE / "model" / "vae").eval()
+        module.encoder = None
+        return module
+
+    model = AutoencoderKL.from_pretrained(REFERENCE / "model" / "vae").eval()
+    norms = (len(tile_norms(halved())), 2, model.config.norm_num_groups)
+    margin = margin_of(model.config, encodes=False)
+    with torch.inference_mode():
+        latents = model.encode(_sheet(SIDE)).latent_dist.mean
+        whole = _pixels(model.decode(latents).sample)
+        (features,) = DecoderWhole(halved())(latents)
+        tile = DecoderTile(halved())
+        tiled = _pixels(in_seamless_tiles(tile, features, Grid((16, 16), 1, margin), norms))
+    apart = np.abs(tiled - whole)
+    assert apart.mean() < 0.15
+    assert apart.max() < 3
+    beside = np.zeros(SIDE, bool)  # tiles of 64 px begin at 0, 32 and 64: cores meet at 48 and 80
+    beside[[47, 48, 79, 80]] = True
+    steps, plain = (np.abs(np.diff(image, axis=-1)) for image in (tiled, whole))
+    across = (beside[1:] & beside[:-1]).nonzero()[0]
+    assert np.abs(steps - plain)[..., across].mean() < 0.15
+    assert plain[..., across].mean() > 1  # there was something to see
+
+
+def _sheet(side: int) -> Tensor:
+    with Image.open(REFERENCE / "samples.png") as sheet:
+        crop = sheet.convert("RGB").crop((40, 40, 40 + 2 * side, 40 + 2 * side))
+        pixels = np.asarray(crop.resize((side, side)), np.float32)
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None] / 127.5 - 1)
+
+
+def test_without_norms_it_is_exact_beyond_what_convolutions_reach() -> None:
+    x = torch.randn(1, 3, 37, 50, generator=torch.Generator().manual_seed(0))
+    kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def decode(part: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        made = functional.conv2d(part, kernel, padding=1)
+        return functional.interpolate(made, scale_factor=4), torch.ones(1, 2, 1)
+
+    found = in_seamless_tiles(decode, x, Grid((16, 16), 1, 2), (1, 2, 1))
+    torch.testing.assert_close(found, decode(x)[0], rtol=0, atol=1e-5)
+
+
+def test_statistics_that_never_settle_end_after_some_rounds() -> None:
+    rounds = 0
+
+    def decode(part: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal rounds
+        rounds += 1
+        return part, torch.tensor([[[float(rounds)], [1.0]]])
+
+    x = torch.zeros(1, 1, 20, 20)
+    found = in_seamless_tiles(decode, x, Grid((16, 16), 1, 4), (1, 2, 1))
+    torch.testing.assert_close(found, x)
+    assert rounds <= 40
+
+
+@pytest.mark.parametrize(("encodes", "margin"), [(False, 8), (True, 6)])
+def test_the_margin_goes_by_how_far_convolutions_reach(margin: int, *, encodes: bool) -> None:
+    """Stable Diffusion's reach 13 latents in the decoder, 9 in the encoder."""
+    config = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+    assert margin_of(config, encodes=encodes) == margin

@@ -16,7 +16,7 @@ from runners.console import Console
 __all__ = ["Case", "lines", "measure_full_size", "measure_reference", "peak_of"]
 
 _MODEL = Path(__file__).with_name("reference_model") / "model"
-_WAYS: dict[str, tuple[str, ...]] = {"keep": ()}
+_WAYS: dict[str, tuple[str, ...]] = {"keep": (), "sequential": ("--residency", "sequential")}
 """Residency -> the options of `kiln generate` that ask for it."""
 
 _LEVELS = ("none", "int8", "int4")

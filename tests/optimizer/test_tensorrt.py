@@ -98,9 +98,11 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
     for path in sorted(Path(os.environ["KILN_CACHE"]).glob("v2/prepared/*/model.onnx")):
         graph = onnx.load(path, load_external_data=False).graph
         shapes = {
-            value.name: value.type.tensor_type.shape.dim[1].dim_value for value in graph.input
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in graph.input
         }
-        if shapes == {latent.name: latent.axes[1]}:  # other families' have 16 channels
+        found = shapes.get(latent.name, [])
+        if list(shapes) == [latent.name] and found[1] == latent.axes[1]:  # others have 16 channels
             shutil.copytree(path.parent, tmp_path / "source")
             break
 

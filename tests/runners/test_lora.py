@@ -125,6 +125,8 @@ def test_the_plain_engine_is_the_one_without(bundle: MakeBundle) -> None:
         formed, plain = bundle(backend, lora=True), bundle(backend)
         for part in ("unet", "text_encoder"):
             for path in (plain / part).iterdir():
+                if path.name == "selftest.safetensors":
+                    continue  # what torch computed, twice: to its last bits
                 own, found = _bytes(formed / part / path.name), _bytes(path)
                 # what a form needs beside the plain engine's constants comes after them
                 assert own[: len(found)] == found, path

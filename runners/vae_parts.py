@@ -7,6 +7,7 @@ finds the statistics of the whole picture with that.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class _TileNorm(nn.Module):
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class _Tiled(nn.Module):
+class _Tiled(nn.Module, ABC):
     """picture's part, rows [height], columns [width], own [1], given [norms, 2, groups] -> what is
     made of it, seen [norms, 2, groups].
 
@@ -94,11 +95,13 @@ class _Tiled(nn.Module):
         for name, norm in zip(names, self._norms, strict=True):
             module.set_submodule(name, norm)
 
+    @abstractmethod
     def _drop(self) -> None:
-        raise NotImplementedError
+        """Let the module hold nothing but the part."""
 
+    @abstractmethod
     def _run(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The part, of a tile."""
 
     def forward(
         self, x: Tensor, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor

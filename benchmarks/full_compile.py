@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_bundles import FULL_SIZE, OPTIONS
 from benchmarks.watching import watched
 from runners.console import Console
 
@@ -18,10 +19,8 @@ __all__ = ["lines", "measure"]
 _LEVELS: dict[str, tuple[str, ...]] = {"int8": (), "int4": ("--solver", "hqq")}
 """Level -> its other options: HQQ needs no recorded runs, GPTQ's covariances several passes."""
 
-_OPTIONS = (
-    *("--size-range", "256:512", "--calibration-size", "256", "--steps", "2", "--batch", "1"),
-    "--no-lora",
-)
+_MODEL = FULL_SIZE["sdxl"]
+_OPTIONS = (*OPTIONS, *_MODEL.options)
 
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
@@ -34,8 +33,7 @@ def measure(console: Console, _out: Path) -> dict[str, Any]:
         (folder / "model").mkdir()
         environment = {**os.environ, "KILN_CACHE": str(folder / "cache")}
         with console.stage("Full-size SDXL: make weights") as stage:
-            target = "benchmarks.full_models:make_sdxl"
-            run_stage(target, (folder / "model",), progress=stage.progress)
+            run_stage(_MODEL.make, (folder / "model",), progress=stage.progress)
         for quant, more in _LEVELS.items():
             out = folder / quant
             command = [sys.executable, "-m", "runners.cli", "compile", str(folder / "model")]

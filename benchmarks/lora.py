@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_bundles import FULL_SIZE, full_bundle
 from benchmarks.watching import watched
 from runners.console import Console
 
@@ -22,45 +23,32 @@ _MODEL = Path(__file__).with_name("reference_model") / "model"
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
 """What kohya's trainer changes of a UNet by default: all of its transformers."""
 
-_FULL_SIZE = ("--size-range", "256:512", "--calibration-size", "256", "--steps", "2")
-
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
     """The reference model in int8, LoRAs of rank 4 and 8."""
-    return _measured(console, "reference model", _MODEL, (), (4, 8))
+    with tempfile.TemporaryDirectory() as private:
+        bundle = Path(private) / "bundle"
+        command = [sys.executable, "-m", "runners.cli", "compile", str(_MODEL), "--quant", "int8"]
+        with console.stage("LoRA: compile the reference model"):
+            watched([*command, "-o", str(bundle)], dict(os.environ))
+        return _measured(console, "reference model", bundle, (4, 8))
 
 
-def measure_full_size(console: Console, _out: Path) -> dict[str, Any]:
+def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
     """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32."""
+    title = f"full-size {FULL_SIZE['sd15'].title}"
+    return _measured(console, title, full_bundle("sd15", out, console), (32, 32))
+
+
+def _measured(console: Console, title: str, bundle: Path, ranks: tuple[int, int]) -> dict[str, Any]:
     from optimizer.worker import run_stage
 
     with tempfile.TemporaryDirectory() as private:
-        model = Path(private) / "model"
-        model.mkdir()
-        with console.stage("Full-size Stable Diffusion 1.5: make weights") as stage:
-            run_stage("benchmarks.full_models:make_sd15", (model,), progress=stage.progress)
-        title = "full-size Stable Diffusion 1.5"
-        return _measured(console, title, model, _FULL_SIZE, (32, 32))
-
-
-def _measured(
-    console: Console,
-    title: str,
-    model: Path,
-    options: tuple[str, ...],
-    ranks: tuple[int, int],
-) -> dict[str, Any]:
-    from optimizer.worker import run_stage
-
-    with tempfile.TemporaryDirectory() as private:
-        folder = Path(private)
-        command = [sys.executable, "-m", "runners.cli", "compile", str(model), "--quant", "int8"]
-        with console.stage(f"LoRA: compile the {title}"):
-            watched([*command, *options, "-o", str(folder / "bundle")], dict(os.environ))
+        out = Path(private)
         with console.stage(f"LoRA: measure the {title}") as stage:
-            arguments = (folder / "bundle", ranks, folder)
+            arguments = (bundle, ranks, out)
             run_stage("benchmarks.lora:measure_bundle", arguments, progress=stage.progress)
-        found: dict[str, Any] = json.loads((folder / "lora.json").read_text("utf-8"))
+        found: dict[str, Any] = json.loads((out / "lora.json").read_text("utf-8"))
     return found
 
 

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_bundles import FULL_SIZE, full_bundle
 from runners.console import Console
 
 __all__ = ["Case", "lines", "measure_full_size", "measure_reference", "peak_of"]
@@ -27,16 +28,7 @@ _STEPS = 2
 Case = tuple[Path, str, int, int]
 """A bundle, a residency, a side in pixels, pictures at once."""
 
-_FULL: dict[str, tuple[str, tuple[int, ...]]] = {
-    "sd15": ("benchmarks.full_models:make_sd15", (256, 512)),
-    "sdxl": ("benchmarks.full_models:make_sdxl", (256, 512)),
-}
-"""Model -> who makes it with random weights, and the sides that are drawn."""
-
-_FULL_OPTIONS = (
-    *("--size-range", "256:1024", "--calibration-size", "256"),
-    *("--steps", "2", "--batch", "1"),
-)
+_FULL_SIDES = (256, 512)
 
 
 def measure_reference(console: Console, out: Path) -> dict[str, Any]:
@@ -53,22 +45,16 @@ def measure_reference(console: Console, out: Path) -> dict[str, Any]:
     return {"rows": rows, **_worst(rows)}
 
 
-def measure_full_size(console: Console, _out: Path) -> dict[str, Any]:
-    """Stable Diffusion 1.5 and XL with random weights in int8: hours, most of it compiling."""
-    from optimizer.worker import run_stage
-
+def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
+    """Stable Diffusion 1.5 and XL with random weights in int8, compiled where they aren't: that is
+    most of an hour.
+    """
     rows = []
-    for name, (target, sides) in _FULL.items():
-        with tempfile.TemporaryDirectory() as private:
-            model, bundle = Path(private) / "model", Path(private) / "bundle"
-            model.mkdir()
-            with console.stage(f"Full-size {name}: make weights") as stage:
-                run_stage(target, (model,), progress=stage.progress)
-            _compile(model, "int8", bundle, _FULL_OPTIONS, console)
-            for way in _WAYS:
-                for side in sides:
-                    with console.stage(f"Full-size {name}: draw at {side}, {way}"):
-                        rows.append({"model": name, **_row((bundle, way, side, 1))})
+    for name, model in FULL_SIZE.items():
+        bundle = full_bundle(name, out, console)
+        for way, side in product(_WAYS, _FULL_SIDES):
+            with console.stage(f"Full-size {model.title}: draw at {side}, {way}"):
+                rows.append({"model": name, **_row((bundle, way, side, 1))})
     return {"rows": rows, **_worst(rows)}
 
 

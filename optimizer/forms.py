@@ -14,10 +14,19 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.calls import Call
+from runners.control_tasks import CONTROL
 from runners.engines.base import Array
+from runners.part_names import PARTS
 from runners.signature import Signature
 
-__all__ = ["form_graph", "neutral_feeds", "prepared_forms", "save_form", "share_tensors"]
+__all__ = [
+    "form_graph",
+    "form_wrapper",
+    "neutral_feeds",
+    "prepared_forms",
+    "save_form",
+    "share_tensors",
+]
 
 _FORMS = "forms.json"
 _INLINE_BYTES = 1024
@@ -27,6 +36,14 @@ _INLINE_BYTES = 1024
 def form_graph(name: str) -> str:
     """The file of a form's prepared graph, beside the plain one."""
     return f"form-{name}.onnx"
+
+
+def form_wrapper(wrapper: str, form: str) -> str:
+    """The name in runners.modules.WRAPPERS that calls a component in a form, where `wrapper` calls
+    the plain one. LoRA's inputs need no other.
+    """
+    changed = next((name for name in (CONTROL, *PARTS) if name in form.split("+")), None)
+    return wrapper if changed is None else f"{wrapper}_{changed}"
 
 
 def save_form(name: str, signature: Signature, out: Path, model: ir.Model | None = None) -> None:

@@ -86,7 +86,7 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
             chosen,
             dtype=dtype,
             native=native,
-            seamless=chosen.forms and splits(configs["vae"]),
+            seamless="tiles" in chosen.forms and splits(configs["vae"]),
         ),
         side=Dim(name="side", min=step, opt=native, max=_SIDE_MAX // step * step, multiple_of=step),
         native=native,
@@ -113,6 +113,10 @@ def parts_of_model(
     def part(name: str, level: str = "none") -> PartMemory:
         return _part(outlines[name], level, backend, dtype)
 
+    def cut(name: str) -> tuple[PartMemory, ...]:
+        halves = outlines[name].parts if seamless else ()
+        return tuple(_part(half, "none", backend, dtype) for half in halves)
+
     names: dict[str, list[str]] = {}
     for spec in known.components:
         names.setdefault(spec.role, []).append(spec.name)
@@ -125,6 +129,8 @@ def parts_of_model(
         pipeline=_pipeline("card" if backend.device == "gpu" else "processor"),
         tile=native,
         seamless=seamless,
+        decoder_parts=cut(names["vae_decoder"][0]),
+        encoder_parts=cut(names["vae_encoder"][0]),
     )
 
 

@@ -403,7 +403,7 @@ def _parts(
     """Those that half of a VAE is cut into, where it can be and larger pictures than a tile, which
     is of the native size, may come.
     """
-    able = backend_named(str(recipe.backend)).forms and source.kind != "onnx"
+    able = "tiles" in backend_named(str(recipe.backend)).forms and source.kind != "onnx"
     larger = any(dim.max > dim.opt for dim in map(signature.dim, ("height", "width")))
     wanted = recipe.tiles and able and larger and splits(source.checked_config(spec.folder))
     return PARTS if wanted else ()
@@ -420,12 +420,12 @@ def _forms(
         return _parts(spec, source, signature, recipe)
     takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
     known = backend_named(str(recipe.backend))
-    lora = recipe.lora and takes and known.forms and source.kind != "onnx"
+    lora = recipe.lora and takes and "lora" in known.forms and source.kind != "onnx"
     if spec.role == "denoiser" and source.controls:
-        if not known.forms:
+        if CONTROL not in known.forms:
             raise UnsupportedError(
                 f"--controlnet can't be used with the backend {known.name} yet: use "
-                f"{' or '.join(item.name for item in BACKENDS.values() if item.forms)}."
+                f"{' or '.join(item.name for item in BACKENDS.values() if CONTROL in item.forms)}."
             )
         return ("lora", CONTROL, f"{CONTROL}+lora") if lora else (CONTROL,)
     return ("lora",) if lora else ()

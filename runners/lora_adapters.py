@@ -230,7 +230,7 @@ def _no_inputs(pipeline: Any) -> str:
     backend = manifest.component("denoiser").backend
     return (
         f"The {backend} engines of {manifest.model.name} were compiled without inputs for LoRAs: "
-        "compile it from its own weights for openvino, onnxruntime or eager, without --no-lora."
+        "compile it from its own weights for a processor, without --no-lora."
     )
 
 

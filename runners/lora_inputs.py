@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from runners.engines.base import Array
 from runners.signature import Dim, Signature, TensorSpec
 
-__all__ = ["MOST_RANK", "Target", "lora_inputs", "lora_targets", "with_lora"]
+__all__ = [
+    "DOWN",
+    "LEAST_COMPILED_RANK",
+    "MOST_RANK",
+    "UP",
+    "Target",
+    "compiled_ranks",
+    "lora_inputs",
+    "lora_targets",
+    "with_lora",
+]
 
 MOST_RANK = 4096
 """Of all LoRAs together; a layer's own width is the most that makes a difference."""
 
+LEAST_COMPILED_RANK = 2
+"""Of an input of compiled code: torch.export takes sizes of 0 and 1 for constants."""
+
 _RANK = "rank"
-_DOWN, _UP = ".lora_A", ".lora_B"
+DOWN, UP = ".lora_A", ".lora_B"
+"""What a layer's inputs are called after its name."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,9 @@ def lora_inputs(targets: Mapping[str, Target]) -> list[TensorSpec]:
     found = []
     for name, target in targets.items():
         down = (target.inputs, _RANK, *target.kernel)
-        found.append(TensorSpec(name=f"{name}{_DOWN}", dtype="float32", axes=down))
+        found.append(TensorSpec(name=f"{name}{DOWN}", dtype="float32", axes=down))
         up = (_RANK, target.outputs)
-        found.append(TensorSpec(name=f"{name}{_UP}", dtype="float32", axes=up))
+        found.append(TensorSpec(name=f"{name}{UP}", dtype="float32", axes=up))
     return found
 
 
@@ -52,9 +69,21 @@ def lora_targets(signature: Signature) -> dict[str, Target]:
     axes = {spec.name: spec.axes for spec in signature.inputs}
     found = {}
     for name, down in axes.items():
-        layer = name.removesuffix(_DOWN)
-        up = axes.get(f"{layer}{_UP}")
+        layer = name.removesuffix(DOWN)
+        up = axes.get(f"{layer}{UP}")
         if layer != name and up is not None:
             kernel = tuple(side for side in down[2:] if isinstance(side, int))
             found[layer] = Target(int(down[0]), int(up[1]), kernel)
+    return found
+
+
+def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
+    """The feeds, whose matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
+    found = dict(feeds)
+    for spec in signature.inputs:
+        if _RANK in spec.axes:
+            axis, array = spec.axes.index(_RANK), feeds[spec.name]
+            if (missing := LEAST_COMPILED_RANK - array.shape[axis]) > 0:
+                width = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+                found[spec.name] = np.pad(array, width)
     return found

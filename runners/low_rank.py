@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runners.engines.base import Buffer
-from runners.lora_inputs import lora_inputs, lora_targets
+from runners.lora_inputs import DOWN, UP, lora_inputs, lora_targets
 from runners.signature import Signature
 
 __all__ = ["LowRank"]
@@ -24,27 +24,47 @@ class LowRank:
     def __init__(self, root: nn.Module, signature: Signature, factors: Buffer | None) -> None:
         """Watch the layers; `factors` holds what quantizing multiplied their ends with."""
         self._targets = lora_targets(signature)
-        self._names = {spec.name for spec in lora_inputs(self._targets)}
-        self._given: Mapping[str, Tensor] = {}
+        self._inputs = {spec.name for spec in lora_inputs(self._targets)}
+        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
         self._factors = {} if factors is None else safetensors.torch.load(bytes(factors))
-        for name in self._targets:
-            root.get_submodule(name).register_forward_hook(partial(self._added, name))
+        self._layers = {root.get_submodule(name): name for name in self._targets}
+        for layer, name in self._layers.items():
+            layer.register_forward_hook(partial(self._added, name))
 
     def take(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
         """Keep the low-rank inputs for this call; the names of the others."""
-        self._given = {name: feeds[name] for name in names if name in self._names}
-        return [name for name in names if name not in self._names]
+        for name in self._targets:
+            self._matrices[name] = self._scaled(name, feeds[f"{name}{DOWN}"], feeds[f"{name}{UP}"])
+        return [name for name in names if name not in self._inputs]
 
-    def _added(
-        self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
-    ) -> Tensor:
-        down, up = self._given[f"{name}.lora_A"], self._given[f"{name}.lora_B"]
-        if not down.shape[1]:
-            return output
+    def layers_in(self, block: nn.Module) -> dict[str, str]:
+        """The layers below `block`: their names in it, and in all."""
+        layers = block.named_modules()
+        return {name: self._layers[layer] for name, layer in layers if layer in self._layers}
+
+    def matrices(self, layers: Iterable[str]) -> list[Tensor]:
+        """A and B of each of these layers in this call."""
+        return [matrix for name in layers for matrix in self._matrices[name]]
+
+    def give(self, layers: Iterable[str], matrices: Sequence[Tensor]) -> None:
+        """Let `matrices(layers)` be these from now on."""
+        pairs = zip(matrices[::2], matrices[1::2], strict=True)
+        self._matrices.update(zip(layers, pairs, strict=True))
+
+    def _scaled(self, name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B for the layer as quantizing left it."""
         if (factor := self._factors.get(f"{name}.input")) is not None:
             down = down / factor.to(down.dtype).view(-1, *([1] * (down.dim() - 1)))
         if (factor := self._factors.get(f"{name}.output")) is not None:
             up = up * factor.to(up.dtype)
+        return down, up
+
+    def _added(
+        self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        down, up = self._matrices[name]
+        if not down.shape[1]:
+            return output
         x: Tensor = inputs[0]
         if not self._targets[name].kernel:
             return output + (x @ down) @ up

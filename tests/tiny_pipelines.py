@@ -23,6 +23,7 @@ __all__ = [
     "tiny_taesd",
     "tiny_tokenizer",
     "tiny_unet_xl",
+    "tiny_vae",
 ]
 
 TINY_TOKENS = 32
@@ -99,7 +100,8 @@ def _unet(**more: Any) -> Any:
     )
 
 
-def _vae(**more: Any) -> Any:
+def tiny_vae(**more: Any) -> Any:
+    """An AutoencoderKL of three levels, a latent for 4x4 pixels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -147,7 +149,7 @@ def tiny_sd(folder: Path, *, seed: int = 0, inpaints: bool = False) -> Path:
     def make() -> Any:
         cls = StableDiffusionInpaintPipeline if inpaints else StableDiffusionPipeline
         return cls(
-            vae=_vae(),
+            vae=tiny_vae(),
             text_encoder=_text_encoder(),
             tokenizer=tiny_tokenizer(),
             unet=_unet(in_channels=9) if inpaints else _unet(),
@@ -162,7 +164,7 @@ def tiny_sd(folder: Path, *, seed: int = 0, inpaints: bool = False) -> Path:
 
 def tiny_autoencoder(folder: Path, *, seed: int = 1, **more: Any) -> Path:
     """An AutoencoderKL like `tiny_sd`'s, with other weights."""
-    return _saved(lambda: _vae(**more), folder, seed)
+    return _saved(lambda: tiny_vae(**more), folder, seed)
 
 
 def tiny_taesd(folder: Path, *, seed: int = 2, **more: Any) -> Path:
@@ -216,7 +218,7 @@ def tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
 
     def make() -> Any:
         return StableDiffusionPipeline(
-            vae=_vae(),
+            vae=tiny_vae(),
             text_encoder=_text_encoder(hidden_size=48, hidden_act="gelu"),
             tokenizer=tiny_tokenizer(),
             unet=_unet(
@@ -255,7 +257,7 @@ def tiny_lcm(folder: Path, *, seed: int = 0) -> Path:
 
     def make() -> Any:
         return LatentConsistencyModelPipeline(
-            vae=_vae(),
+            vae=tiny_vae(),
             text_encoder=_text_encoder(),
             tokenizer=tiny_tokenizer(),
             unet=_unet(time_cond_proj_dim=24),
@@ -287,7 +289,7 @@ def tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
 
     def make() -> Any:
         return StableDiffusionXLPipeline(
-            vae=_vae(),
+            vae=tiny_vae(),
             text_encoder=_text_encoder(),
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
             tokenizer=tiny_tokenizer(),
@@ -306,7 +308,7 @@ def tiny_refiner(folder: Path, *, seed: int = 1) -> Path:
 
     def make() -> Any:
         return StableDiffusionXLImg2ImgPipeline(
-            vae=_vae(),
+            vae=tiny_vae(),
             text_encoder=None,
             text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
             tokenizer=None,
@@ -333,7 +335,7 @@ def tiny_sd3(folder: Path, *, seed: int = 0, t5: bool = True) -> Path:
 
     def make() -> Any:
         return StableDiffusion3Pipeline(
-            vae=_vae(
+            vae=tiny_vae(
                 latent_channels=16,
                 shift_factor=0.06,
                 use_quant_conv=False,
@@ -370,7 +372,7 @@ def tiny_flux(folder: Path, *, seed: int = 0, guided: bool = True) -> Path:
 
     def make() -> Any:
         return FluxPipeline(
-            vae=_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=_text_encoder(),
             text_encoder_2=_t5(),
             tokenizer=tiny_tokenizer(),

@@ -269,7 +269,7 @@ def _settings(device: str) -> dict[str, Any]:
     return {**SETTINGS, "aot_inductor.package_constants_in_so": False}
 
 
-def _whole(module: nn.Module, signature: Signature, path: Path, device: str) -> Callable[..., Any]:
+def _whole(module: Typed, signature: Signature, path: Path, device: str) -> Callable[..., Any]:
     program = exported(module, signature, device)
     compile_package(program, path, _settings(device))
     package = Package(path.read_bytes(), single_threaded=True)
@@ -279,9 +279,7 @@ def _whole(module: nn.Module, signature: Signature, path: Path, device: str) -> 
     return package
 
 
-def _in_blocks(
-    module: nn.Module, signature: Signature, path: Path, device: str
-) -> Callable[..., Any]:
+def _in_blocks(module: Typed, signature: Signature, path: Path, device: str) -> Callable[..., Any]:
     kinds = find_kinds(module)
     watch_calls(module, kinds, signature, device)
     packages = []
@@ -290,7 +288,5 @@ def _in_blocks(
         compile_package(export_block(module, kind), one, _settings(device))
         packages.append(Package(one.read_bytes(), single_threaded=True))
         kind.calls.clear()
-    wrapper = module.wrapper
-    assert isinstance(wrapper, nn.Module)
-    insert_blocks(wrapper, [kind.document("package") for kind in kinds], packages)
+    insert_blocks(module.wrapper, [kind.document("package") for kind in kinds], packages)
     return module

@@ -11,7 +11,10 @@ from typing import Any, Literal, Protocol
 from optimizer.progress import Progress
 from runners.signature import Signature
 
-__all__ = ["BACKENDS", "Backend", "Built", "How", "Runs", "backend", "builder"]
+__all__ = ["BACKENDS", "Backend", "Built", "Form", "How", "Runs", "backend", "builder"]
+
+
+Form = Literal["lora", "control", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Backend:
     """Formats whose weights become fp32 when an engine opens."""
     layer_bytes: int = 0
     """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
-    forms: bool = True
-    """Whether it builds a component's further graphs over the same weights (optimizer.forms)."""
+    forms: frozenset[Form] = frozenset({"lora", "control", "tiles"})
+    """What it builds further graphs of a component for, over the same weights (optimizer.forms)."""
     compiler: bool = False
     """Whether it needs a C++ compiler where it builds."""
     runs: Runs = field(kw_only=True)
@@ -93,6 +96,8 @@ class Backend:
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
+_WITHOUT_TILES: frozenset[Form] = frozenset({"lora", "control"})
+"""Four more packages for a VAE would take minutes to compile."""
 _CUDA_13 = "580"
 """The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
 for."""
@@ -146,7 +151,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=False,
+            forms=frozenset(),
             runs=Runs(
                 "exact",  # engines don't survive a release (FACTS.md)
                 only=(("Linux", "Windows"), ("x86_64",)),  # the support matrix; portable over both
@@ -169,7 +174,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=False,
+            forms=frozenset(),
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -183,7 +188,7 @@ BACKENDS: dict[str, Backend] = {
             zero_points=False,
             int4_axes=frozenset({2}),
             factors=False,
-            forms=False,
+            forms=frozenset(),
             runs=Runs("minimum", driver=_CUDA_13),
         ),
         Backend(
@@ -197,7 +202,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,
             kernel_bytes=20_000_000,
             compiler=True,
-            forms=False,
+            forms=frozenset(),
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -211,7 +216,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,  # attention runs in one fused kernel of floats
             kernel_bytes=2_500_000,
             compiler=True,
-            forms=False,
+            forms=_WITHOUT_TILES,
             runs=Runs("exact", own_system=True),  # native code, against torch's own C interface
         ),
         Backend(
@@ -224,7 +229,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,
             kernel_bytes=2_500_000,
             compiler=True,
-            forms=False,
+            forms=_WITHOUT_TILES,
             runs=Runs("exact", own_system=True),
         ),
         Backend(

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from optimizer.backends import Built, How
 from optimizer.calls import traced_sizes
 from optimizer.compilers import require_compiler
+from optimizer.forms import form_wrapper, prepared_forms
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.aoti_package import scan_package, tensor_facts
 from runners.engines.eager import eager_module
+from runners.lora_inputs import LEAST_COMPILED_RANK
+from runners.low_rank import LowRank
 from runners.lowered import Product, lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
 from runners.needs import release
@@ -37,6 +40,7 @@ __all__ = [
     "SETTINGS",
     "Typed",
     "build",
+    "build_form",
     "code_properties",
     "compile_package",
     "exported",
@@ -83,21 +87,36 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     Raises MissingError without a C++ compiler, BuildError with torch's own words.
     """
     require_compiler(how.backend)
-    module, lowered = typed_module(source, how, processor_product)
+    return _built(source, out, how, "", FILES, progress)
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write the form's own package, over the plain one's file of weights where that is beside it.
+
+    Ranks of low-rank inputs are dynamic, from `LEAST_COMPILED_RANK` on. Raises as `build`.
+    """
+    own = {role: f"{name}.{FILES[role]}" for role in ("package", "constants", "table")}
+    return _built(source, out, how, name, {**FILES, **own}, lambda _done, _total: None)
+
+
+def _built(
+    source: Path, out: Path, how: How, form: str, files: dict[str, str], progress: Progress
+) -> Built:
+    module, lowered, signature = typed_module(source, how, processor_product, form)
     frozen = any(layer.rounds for layer in lowered.values())
     progress(1, 10)
-    program = exported(module, how.signature)
+    program = exported(module, signature)
     progress(3, 10)
     more = {"freezing": frozen, "aot_inductor.package_constants_in_so": frozen}
-    code = compile_package(program, out / FILES["package"], {**SETTINGS, **more})
+    code = compile_package(program, out / files["package"], {**SETTINGS, **more})
     progress(9, 10)
-    files = {"package": FILES["package"]}
-    if not frozen:
-        files = dict(FILES)
-        write_constants(program, source / FILES["weights"], out)
-    properties = code_properties([out / FILES["package"]])
+    if frozen:
+        files = {"package": files["package"]}
+    else:
+        write_constants(program, source / FILES["weights"], out, files)
+    properties = code_properties([out / files["package"]])
     kernels = len(INT8_KERNELS.findall(code))
-    return Built(files, {**properties, "frozen": frozen, "low_bit_kernels": kernels})
+    return Built(dict(files), {**properties, "frozen": frozen, "low_bit_kernels": kernels})
 
 
 def low_bit_layers(engine: Any) -> int:
@@ -106,9 +125,11 @@ def low_bit_layers(engine: Any) -> int:
 
 
 def typed_module(
-    source: Path, how: How, product: Product
-) -> tuple[nn.Module, Mapping[str, nn.Module]]:
-    """The component with lowered layers as it is called, and those layers."""
+    source: Path, how: How, product: Product, form: str = ""
+) -> tuple[Typed, Mapping[str, nn.Module], Signature]:
+    """The component with lowered layers as it is called in a form, those layers, and the form's
+    signature; "" is the plain one.
+    """
     config = json.loads((source / "config.json").read_text("utf-8"))
     layers = json.loads((source / "layers.json").read_text("utf-8"))
     weights = (source / FILES["weights"]).read_bytes()
@@ -116,7 +137,14 @@ def typed_module(
     lowered = lower_layers(component, product)
     dtype = _DTYPES[how.dtype]
     store_in(component, dtype)
-    return Typed(WRAPPERS[how.wrapper](component), dtype).eval().requires_grad_(False), lowered
+    wrapper = WRAPPERS[form_wrapper(how.wrapper, form)](component)
+    signature = prepared_forms(source)[form] if form else how.signature
+    typed = Typed(wrapper, dtype)
+    if "lora" in form.split("+"):
+        factors = (source / "lora.safetensors").read_bytes()
+        typed.low_rank = LowRank(component, signature, factors)
+        typed.names = [spec.name for spec in signature.inputs]
+    return typed.eval().requires_grad_(False), lowered, signature
 
 
 class Typed(nn.Module):
@@ -126,10 +154,16 @@ class Typed(nn.Module):
         """Take a wrapper of runners.modules whose weights are in `dtype`."""
         super().__init__()
         self.wrapper, self.dtype = wrapper, dtype
+        self.low_rank: LowRank | None = None
+        """What takes the low-rank ones of the inputs, which `names` names in order."""
+        self.names: list[str] = []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the wrapper gives."""
         cast = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
+        if self.low_rank is not None:
+            named = dict(zip(self.names, cast, strict=True))
+            cast = [named[name] for name in self.low_rank.take(named, self.names)]
         return tuple(y.to(torch.float32) for y in self.wrapper(*cast))
 
 
@@ -153,7 +187,10 @@ def exported(module: nn.Module, signature: Signature, device: str = "cpu") -> An
     """torch.export's program with the signature's ranges, widened to what it was traced with."""
     sizes, hint = traced_sizes(signature), torch.export.Dim.DYNAMIC
     dims = {
-        dim.name: hint(min=min(dim.min, sizes[dim.name]), max=max(dim.max, sizes[dim.name]))
+        dim.name: hint(
+            min=LEAST_COMPILED_RANK if dim.free else min(dim.min, sizes[dim.name]),
+            max=max(dim.max, sizes[dim.name]),
+        )
         for dim in signature.dims
         if not dim.fixed
     }
@@ -214,9 +251,11 @@ def _own_cache(parent: Path) -> Iterator[None]:
         yield
 
 
-def write_constants(program: Any, weights: Path, out: Path) -> None:
+def write_constants(
+    program: Any, weights: Path, out: Path, files: Mapping[str, str] = FILES
+) -> None:
     """The eager engine's weight file as it is, what it lacks beside it, and who is who."""
-    shutil.copyfile(weights, out / FILES["weights"])
+    shutil.copyfile(weights, out / files["weights"])
     stored = safetensors.torch.load_file(weights)
     table: dict[str, list[Any]] = {}
     more: dict[str, Tensor] = {}
@@ -230,8 +269,8 @@ def write_constants(program: Any, weights: Path, out: Path) -> None:
             role, key = "constants", name
             more[name] = tensor.contiguous().clone()
         table[name] = [role, key, *tensor_facts(tensor)]
-    safetensors.torch.save_file(more, out / FILES["constants"])
-    (out / FILES["table"]).write_text(json.dumps(table), "utf-8")
+    safetensors.torch.save_file(more, out / files["constants"])
+    (out / files["table"]).write_text(json.dumps(table), "utf-8")
 
 
 def _stored_name(name: str, stored: Mapping[str, Tensor]) -> str | None:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from optimizer.backends import Built, How
 from optimizer.backends.aoti import (
     SETTINGS,
+    Typed,
     code_properties,
     compile_package,
     sized_inputs,
@@ -30,14 +31,29 @@ from optimizer.backends.aoti import (
 )
 from optimizer.calls import traced_sizes
 from optimizer.compilers import require_compiler
+from optimizer.forms import form_wrapper
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.aoti_blocks import flat_call
 from runners.engines.aoti_package import tensor_facts
+from runners.lora_inputs import LEAST_COMPILED_RANK, MOST_RANK
+from runners.low_rank import LowRank
 from runners.lowered import processor_product
 from runners.signature import Signature
 
-__all__ = ["Kind", "build", "export_block", "find_kinds", "low_bit_layers", "watch_calls"]
+__all__ = [
+    "Kind",
+    "build",
+    "build_form",
+    "export_block",
+    "find_kinds",
+    "low_bit_layers",
+    "watch_calls",
+]
+
+
+_STORED = {"config": "config.json", "layers": "layers.json", "weights": "weights.safetensors"}
+"""The eager engine's files."""
 
 
 @dataclass
@@ -52,6 +68,8 @@ class Kind:
     spec: str = ""
     rest: list[str] = field(default_factory=list)
     out: str = ""
+    adapted: list[str] = field(default_factory=list)
+    """The layers in the block that take low-rank inputs, A and B each after the weights."""
 
     def document(self, package: str) -> dict[str, Any]:
         """As the engine reads it."""
@@ -62,6 +80,7 @@ class Kind:
             "rest": self.rest,
             "out": self.out,
             "weights": self.weights,
+            "adapted": self.adapted,
         }
 
 
@@ -71,29 +90,54 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     Raises MissingError without a C++ compiler, BuildError with torch's own words.
     """
     require_compiler(how.backend)
-    typed, _ = typed_module(source, how, processor_product)
+    for name in _STORED.values():
+        shutil.copyfile(source / name, out / name)
+    return _built(source, out, how, "", progress)
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write how the form's blocks are called, and packages of those that no other form has.
+
+    Residuals of control networks meet the component between its blocks; low-rank inputs are
+    inputs of the blocks' packages too. Raises as `build`.
+    """
+    own = {}
+    if "lora" in name.split("+"):
+        own["lora"] = "lora.safetensors"
+        shutil.copyfile(source / own["lora"], out / own["lora"])
+    built = _built(source, out, how, name, lambda _done, _total: None)
+    return Built({**built.files, **own}, built.properties)
+
+
+def _built(source: Path, out: Path, how: How, form: str, progress: Progress) -> Built:
+    typed, _, signature = typed_module(source, how, processor_product, form)
     kinds = find_kinds(typed)
-    watch_calls(typed, kinds, how.signature)
-    files = {name: f"{name}.json" for name in ("config", "layers")}
-    files |= {"weights": "weights.safetensors", "blocks": "blocks.json"}
-    for name in ("config", "layers", "weights"):
-        shutil.copyfile(source / files[name], out / files[name])
+    watch_calls(typed, kinds, signature)
+    adapted = "lora" if "lora" in form.split("+") else ""
+    ahead = _ahead(adapted if all(any(kind.blocks) for kind in kinds) else form)
+    files = {**_STORED, "blocks": f"{_ahead(form)}blocks.json"}
     documents, packages = [], []
     for number, kind in enumerate(kinds):
         role = f"package{number or ''}"
-        files[role] = f"block{number or ''}.pt2"
+        files[role] = f"{ahead}block{number or ''}.pt2"
         packages.append(out / files[role])
-        compile_package(export_block(typed, kind), packages[-1], SETTINGS)
+        if not packages[-1].is_file():
+            compile_package(export_block(typed, kind), packages[-1], SETTINGS)
         documents.append(kind.document(role))
         progress(number + 1, len(kinds))
     (out / files["blocks"]).write_text(json.dumps(documents), "utf-8")
     properties = {
         **code_properties(packages),
-        "wrapper": how.wrapper,
+        "wrapper": form_wrapper(how.wrapper, form),
         "dtype": how.dtype,
         "low_bit_kernels": 0,
     }
     return Built(files=files, properties=properties)
+
+
+def _ahead(form: str) -> str:
+    """What names of a form's files begin with."""
+    return f"{form}." if form else ""
 
 
 def low_bit_layers(engine: Any) -> int:  # noqa: ARG001
@@ -101,18 +145,18 @@ def low_bit_layers(engine: Any) -> int:  # noqa: ARG001
     return 0
 
 
-def find_kinds(typed: nn.Module) -> list[Kind]:
+def find_kinds(typed: Typed) -> list[Kind]:
     """The kinds of blocks below the component's wrapper, outermost only, or all of it as one."""
-    module = typed.wrapper
-    assert isinstance(module, nn.Module)
+    module, low_rank = typed.wrapper, typed.low_rank
     named = {name for part in module.modules() for name in getattr(part, "_repeated_blocks", ())}
     found: dict[str, Kind] = {}
     for name, block in module.named_modules():
         if type(block).__name__ in named:
-            weights = _facts(block)
-            key = f"{type(block).__name__} {json.dumps(weights)}"
-            found.setdefault(key, Kind([], weights)).blocks.append(name)
-    return list(found.values()) or [Kind([""], _facts(module))]
+            weights, adapted = _facts(block), list(low_rank.layers_in(block)) if low_rank else []
+            key = f"{type(block).__name__} {json.dumps([weights, adapted])}"
+            found.setdefault(key, Kind([], weights, adapted=adapted)).blocks.append(name)
+    whole = list(low_rank.layers_in(module)) if low_rank else []
+    return list(found.values()) or [Kind([""], _facts(module), adapted=whole)]
 
 
 def _facts(block: nn.Module) -> dict[str, list[Any]]:
@@ -121,15 +165,12 @@ def _facts(block: nn.Module) -> dict[str, list[Any]]:
 
 
 @torch.no_grad()
-def watch_calls(
-    typed: nn.Module, kinds: list[Kind], signature: Signature, device: str = "cpu"
-) -> None:
+def watch_calls(typed: Typed, kinds: list[Kind], signature: Signature, device: str = "cpu") -> None:
     """Run the component at two sizes, and keep how the first block of each kind is called.
 
     Raises BuildError where blocks of one kind are called in different ways.
     """
     wrapper = typed.wrapper
-    assert isinstance(wrapper, nn.Module)
     sizes = traced_sizes(signature)
     steps = {dim.name: 0 if dim.fixed else dim.multiple_of for dim in signature.dims}
     other = {name: size + steps[name] for name, size in sizes.items()}
@@ -159,11 +200,11 @@ def _keeper(kind: Kind, name: str) -> Callable[..., None]:
     return keep
 
 
-def export_block(typed: nn.Module, kind: Kind) -> Any:
-    """The program of a kind's first block, its weights as inputs, sizes that changed as dynamic."""
-    wrapper = typed.wrapper
-    assert isinstance(wrapper, nn.Module)
-    block = wrapper.get_submodule(kind.blocks[0])
+def export_block(typed: Typed, kind: Kind) -> Any:
+    """The program of a kind's first block, its weights and low-rank matrices as inputs; sizes that
+    changed, and ranks, are dynamic.
+    """
+    block = typed.wrapper.get_submodule(kind.blocks[0])
     named: Mapping[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     weights = [named[name].detach() for name in kind.weights]
     first, second = kind.calls
@@ -172,12 +213,19 @@ def export_block(typed: nn.Module, kind: Kind) -> Any:
         {i: hint for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b}
         for x, y in zip(first, second, strict=True)
     ]
-    dynamic = ((*shapes, *({} for _ in weights)),)
+    matrices: list[Tensor] = []
+    ranks: list[dict[int, Any]] = []
+    if kind.adapted:
+        assert typed.low_rank is not None
+        matrices = typed.low_rank.matrices(typed.low_rank.layers_in(block).values())
+        rank = hint(min=LEAST_COMPILED_RANK, max=MOST_RANK)
+        ranks = [{1: rank}, {0: rank}] * len(kind.adapted)
+    dynamic = ((*shapes, *({} for _ in weights), *ranks),)
     try:
         with torch.no_grad():
             return torch.export.export(
-                _Functional(block, kind),
-                (*first, *weights),
+                _Functional(block, kind, typed.low_rank),
+                (*first, *weights, *matrices),
                 dynamic_shapes=dynamic,
                 strict=False,
             )
@@ -187,15 +235,21 @@ def export_block(typed: nn.Module, kind: Kind) -> Any:
 
 
 class _Functional(nn.Module):
-    """A block as a function of its tensors and its weights."""
+    """A block as a function of its tensors, its weights and its low-rank matrices."""
 
-    def __init__(self, block: nn.Module, kind: Kind) -> None:
+    def __init__(self, block: nn.Module, kind: Kind, low_rank: LowRank | None = None) -> None:
         super().__init__()
         self._block = (block,)  # no submodule: its weights are inputs
         self._names, self._rest = list(kind.weights), kind.rest
         self._spec = pytree.treespec_loads(kind.spec)
+        self._low_rank = low_rank
+        self._adapted = list(low_rank.layers_in(block).values()) if low_rank else []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self._low_rank is not None:
+            end = len(inputs) - 2 * len(self._adapted)
+            self._low_rank.give(self._adapted, inputs[end:])
+            inputs = inputs[:end]
         count = len(inputs) - len(self._names)
         given = iter(inputs[:count])
         leaves = [next(given) if leaf == "tensor" else _value(leaf) for leaf in self._rest]

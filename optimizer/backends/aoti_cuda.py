@@ -46,7 +46,7 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
     Raises MissingError without a C++ compiler, BuildError with torch's own words.
     """
     require_compiler(how.backend)
-    module, _ = typed_module(source, how, card_product)
+    module, _, _ = typed_module(source, how, card_product)
     program = on_card(module, how)
     progress(2, 10)
     code = compile_package(program, out / FILES["package"], CARD_SETTINGS)

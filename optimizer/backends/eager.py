@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.backends import Built, How
+from optimizer.forms import form_wrapper
 from optimizer.progress import Progress
-from runners.control_tasks import CONTROL
-from runners.part_names import PARTS
 
 __all__ = ["build", "build_form", "low_bit_layers"]
 
@@ -26,13 +25,11 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # no
 
 def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     """Copy what the form needs beside the plain engine's files: a module needs no other graph."""
-    wanted, own = name.split("+"), {}
-    if "lora" in wanted:
+    own = {}
+    if "lora" in name.split("+"):
         own["lora"] = "lora.safetensors"
         shutil.copyfile(source / own["lora"], out / own["lora"])
-    wrapper = how.wrapper
-    for changed in (CONTROL, *PARTS):  # forms that run the module in another way
-        wrapper = f"{how.wrapper}_{changed}" if changed in wanted else wrapper
+    wrapper = form_wrapper(how.wrapper, name)
     return Built(files={**_FILES, **own}, properties=_properties(how, wrapper))
 
 

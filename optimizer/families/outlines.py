@@ -59,6 +59,8 @@ class Outline:
     counted: Counted
     live: Mapping[Feature, float] = field(default_factory=dict)
     """Numbers alive at the widest point, by feature; pixels are the picture's."""
+    parts: tuple[Outline, ...] = ()
+    """Of a VAE's half in seamless tiles: what sees the whole picture, and what sees tiles."""
 
 
 def plain(parameters: int) -> Counted:
@@ -161,7 +163,9 @@ def vae_outlines(vae: Config) -> dict[str, Outline]:
     """Both halves of an AutoencoderKL or an AutoencoderTiny.
 
     The widest point is at the picture's own resolution: what the decoder's last block is given by
-    the level before, upsampled, convolved and normed; in the encoder's first block the like.
+    the level before, upsampled, convolved and normed; in the encoder's first block the like. That
+    of the middle block is its attention, at a latent's: what it is given, normed, and queries, keys
+    and values.
     """
     if vae.get("_class_name") == TINY:
         return _tiny_outlines(vae)
@@ -171,14 +175,14 @@ def vae_outlines(vae: Config) -> dict[str, Outline]:
     middle = resnet(top, top) * 2
     if vae.get("mid_block_add_attention", True):
         middle += linear(top, top) * 4 + plain(2 * top)
-    decoder = [convolution(latents, top), middle, plain(2 * channels[0])]
-    decoder.append(convolution(channels[0], pictures))
-    encoder = [convolution(int(vae.get("in_channels", 3)), channels[0]), middle, plain(2 * top)]
-    encoder.append(convolution(top, 2 * latents))
+    first = middle + convolution(latents, top)
+    last = total([middle, plain(2 * top), convolution(top, 2 * latents)])
     if vae.get("use_post_quant_conv", True):
-        decoder.append(convolution(latents, latents, 1))
+        first += convolution(latents, latents, 1)
     if vae.get("use_quant_conv", True):
-        encoder.append(convolution(2 * latents, 2 * latents, 1))
+        last += convolution(2 * latents, 2 * latents, 1)
+    decoder = [plain(2 * channels[0]), convolution(channels[0], pictures)]
+    encoder = [convolution(int(vae.get("in_channels", 3)), channels[0])]
     for widths, blocks, resnets in (
         (channels[::-1], decoder, layers + 1),
         (channels, encoder, layers),
@@ -190,10 +194,17 @@ def vae_outlines(vae: Config) -> dict[str, Outline]:
                 blocks.append(convolution(width, width))
             before = width
     wide = channels[min(1, len(channels) - 1)]
+    seen: dict[Feature, float] = {"pixels": 5 * top / 4 ** (len(channels) - 1)}
     return {
-        "vae_decoder": Outline(total(decoder), {"pixels": 3 * wide + pictures}),
-        "vae_encoder": Outline(total(encoder), {"pixels": 3 * channels[0] + pictures}),
+        "vae_decoder": _halved(first, seen, total(decoder), {"pixels": 3 * wide + pictures}),
+        "vae_encoder": _halved(last, seen, total(encoder), {"pixels": 3 * channels[0] + pictures}),
     }
+
+
+def _halved(
+    middle: Counted, seen: Mapping[Feature, float], blocks: Counted, live: Mapping[Feature, float]
+) -> Outline:
+    return Outline(middle + blocks, live, (Outline(middle, seen), Outline(blocks, live)))
 
 
 def _tiny_outlines(vae: Config) -> dict[str, Outline]:

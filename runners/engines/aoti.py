@@ -11,6 +11,7 @@ import torch
 from profiles.errors import BundleError
 from runners.engines.aoti_package import Package, read_tensors, require_platform, scan_package
 from runners.engines.base import Array, Engine, Properties
+from runners.lora_inputs import compiled_ranks
 
 __all__ = ["AotiEngine", "load_constants", "opened_package"]
 
@@ -34,7 +35,8 @@ class AotiEngine(Engine):
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        inputs = [torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs]
+        given = compiled_ranks(feeds, self.signature)
+        inputs = [torch.from_numpy(given[spec.name]) for spec in self.signature.inputs]
         outputs = self._package(*inputs)
         specs = self.signature.outputs
         return {spec.name: found.numpy() for spec, found in zip(specs, outputs, strict=True)}

@@ -7,7 +7,8 @@ so that one package serves all of its kind, and nothing is swapped while it runs
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -20,6 +21,8 @@ from runners.engines.aoti import opened_package
 from runners.engines.aoti_package import Package, tensor_facts
 from runners.engines.base import Array, Engine
 from runners.engines.eager import eager_module
+from runners.lora_inputs import compiled_ranks
+from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
 
@@ -30,12 +33,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @final
 class AotiBlocksEngine(Engine):
-    """files: `config`, `layers`, `weights` (as the eager engine's), `blocks` (JSON) and `package`,
-    `package1`, ...: one for each kind of block. Properties: `torch`, `isa`, `dtype`, `wrapper`,
-    `low_bit_kernels`.
+    """files: `config`, `layers`, `weights`, `lora` (as the eager engine's), `blocks` (JSON) and
+    `package`, `package1`, ...: one for each kind of block. Properties: `torch`, `isa`, `dtype`,
+    `wrapper`, `low_bit_kernels`.
 
     `blocks`: for each package its `blocks`' names and how one is called (`spec`, `rest`), its
-    `weights` in the order in which they are given, with types and shapes.
+    `weights` in the order in which they are given, with types and shapes, and the names of its
+    layers whose low-rank matrices come after them (`adapted`).
     """
 
     def _open(self) -> None:
@@ -49,32 +53,43 @@ class AotiBlocksEngine(Engine):
             lower_layers(component, processor_product)
             store_in(component, dtype)
             module = WRAPPERS[str(self.properties["wrapper"])](component)
+            low_rank = LowRank(component, self.signature, self.files.get("lora"))
         except (ValueError, KeyError, SafetensorError, SpecError) as error:
             raise BundleError(f"torch can't open the engine: {error}.") from error
         packages = [opened_package(self.files[kind["package"]], self.properties) for kind in kinds]
-        self._module, self._dtype = insert_blocks(module, kinds, packages), dtype
+        self._module, self._dtype = insert_blocks(module, kinds, packages, low_rank), dtype
+        self._low_rank = low_rank
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        tensors = [torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs]
-        cast = [t.to(self._dtype) if t.is_floating_point() else t for t in tensors]
-        outputs = self._module(*cast)
+        given = compiled_ranks(feeds, self.signature)
+        tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+        cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        names = self._low_rank.take(cast, [spec.name for spec in self.signature.inputs])
+        outputs = self._module(*(cast[name] for name in names))
         specs = self.signature.outputs
         return {s.name: t.float().numpy() for s, t in zip(specs, outputs, strict=True)}
 
     def _close(self) -> None:
-        del self._module
+        del self._module, self._low_rank
 
 
 class Block(nn.Module):
     """Stands for one block: the package of its kind, with this block's weights."""
 
     def __init__(
-        self, package: Package, weights: Sequence[Tensor], kind: Mapping[str, Any]
+        self,
+        package: Package,
+        weights: Sequence[Tensor],
+        kind: Mapping[str, Any],
+        matrices: Callable[[], list[Tensor]],
     ) -> None:
-        """Take what calls have to look like from `kind`: see `AotiBlocksEngine`."""
+        """Take what calls have to look like from `kind`: see `AotiBlocksEngine`.
+
+        `matrices` gives its layers' low-rank matrices in this call.
+        """
         super().__init__()
-        self._package, self._weights = package, list(weights)
+        self._package, self._weights, self._matrices = package, list(weights), matrices
         self._spec, self._rest = kind["spec"], kind["rest"]
         self._out = pytree.treespec_loads(kind["out"])
 
@@ -86,7 +101,8 @@ class Block(nn.Module):
                 "The component calls its blocks otherwise than when it was compiled: install the "
                 "versions that `kiln inspect` lists, or compile the bundle again."
             )
-        found = self._package(*(x.contiguous() for x in tensors), *self._weights)
+        inputs = (x.contiguous() for x in tensors)
+        found = self._package(*inputs, *self._weights, *self._matrices())
         return pytree.tree_unflatten(found, self._out)
 
 
@@ -99,16 +115,29 @@ def flat_call(args: Any, kwargs: Any) -> tuple[list[Tensor], str, list[str]]:
 
 
 def insert_blocks(
-    module: nn.Module, kinds: Sequence[Mapping[str, Any]], packages: Sequence[Package]
+    module: nn.Module,
+    kinds: Sequence[Mapping[str, Any]],
+    packages: Sequence[Package],
+    low_rank: LowRank | None = None,
 ) -> nn.Module:
-    """`module` with its blocks replaced; BundleError where a weight isn't what a package needs."""
+    """`module` with its blocks replaced; BundleError where a weight isn't what a package needs, or
+    where `low_rank` watches other layers of a block.
+    """
     for kind, package in zip(kinds, packages, strict=True):
         package.hold_own()
         for name in kind["blocks"]:
-            weights = _weights(module.get_submodule(name), kind["weights"])
-            block = Block(package, weights, kind)
+            block = module.get_submodule(name)
+            adapted = low_rank.layers_in(block) if low_rank else {}
+            if list(adapted) != kind.get("adapted", []):
+                raise BundleError(
+                    f"The engine's {name} has other layers with low-rank inputs than its package: "
+                    "compile the bundle again."
+                )
+            own = list(adapted.values())
+            matrices = partial(low_rank.matrices, own) if low_rank and own else list
+            replacing = Block(package, _weights(block, kind["weights"]), kind, matrices)
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, block)
+            setattr(module.get_submodule(parent), leaf, replacing)
     return module
 
 

@@ -57,3 +57,11 @@ def test_what_the_code_needs_is_required_of_machines(bundle: MakeBundle) -> None
     assert entry.requires.glibc is not None
     assert entry.requires.library.rule == "exact"
     assert entry.requires.systems == ("Linux",)
+
+
+@pytest.mark.parametrize("backend", ["aoti", "aoti-blocks"])
+def test_a_form_has_the_plain_packages_file_of_weights(bundle: MakeBundle, backend: str) -> None:
+    entry = read_manifest(bundle(backend, "none", lora=True)).component("denoiser")
+    form = entry.forms["lora"]
+    assert form.files["weights"] == entry.files["weights"]
+    assert form.files["package"] != entry.files["package"]

@@ -6,19 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from optimizer.backends import How
-from optimizer.backends.aoti import sized_inputs, typed_module
+from optimizer.backends.aoti import Typed, sized_inputs, typed_module
 from optimizer.backends.aoti_blocks import Kind, _Functional, find_kinds, watch_calls
+from optimizer.forms import prepared_forms
+from optimizer.lora_form import prepare_lora
 from optimizer.quantize.apply import quantized_layer
 from optimizer.quantize.schemes import W4A16
 from profiles.errors import BundleError
 from runners.engines.aoti_blocks import insert_blocks
-from runners.engines.eager import eager_state
+from runners.engines.eager import EagerEngine, eager_state
+from runners.lora_inputs import compiled_ranks
 from runners.lowered import processor_product
 from runners.quantized import insert_quantized
 from runners.signature import Dim, Signature, TensorSpec
@@ -60,8 +64,8 @@ SIGNATURE = Signature(
 class Eager:
     """In a package's place: the block of another module, with the weights that it is given."""
 
-    def __init__(self, block: nn.Module, kind: Kind) -> None:
-        self.run, self.calls = _Functional(block, kind), 0
+    def __init__(self, block: nn.Module, kind: Kind, typed: Typed) -> None:
+        self.run, self.calls = _Functional(block, kind, typed.low_rank), 0
 
     def hold_own(self) -> None: ...
 
@@ -81,6 +85,7 @@ def source(tmp_path: Path) -> Path:
     scheme = W4A16(group=32)
     rounded = {n: quantized_layer(n, component.get_submodule(n), scheme, {}) for n in names}  # type: ignore[arg-type]
     insert_quantized(component, rounded)
+    prepare_lora(component, SIGNATURE, tmp_path, with_graph=False)
     layers, state = eager_state(component)
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
     (tmp_path / "layers.json").write_text(json.dumps(layers))
@@ -89,13 +94,13 @@ def source(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def typed_of(source: Path) -> nn.Module:
+def typed_of(source: Path, form: str = "") -> Typed:
     how = How("aoti-blocks", "fp32", "denoiser", "flux_transformer", SIGNATURE)
-    return typed_module(source, how, processor_product)[0]
+    return typed_module(source, how, processor_product, form)[0]
 
 
 @pytest.fixture
-def watched(source: Path) -> tuple[nn.Module, list[Kind]]:
+def watched(source: Path) -> tuple[Typed, list[Kind]]:
     typed = typed_of(source)
     kinds = find_kinds(typed)
     watch_calls(typed, kinds, SIGNATURE)
@@ -103,7 +108,7 @@ def watched(source: Path) -> tuple[nn.Module, list[Kind]]:
 
 
 def test_blocks_of_a_kind_are_found_by_their_classes_own_list(
-    watched: tuple[nn.Module, list[Kind]],
+    watched: tuple[Typed, list[Kind]],
 ) -> None:
     _, kinds = watched
     assert [len(kind.blocks) for kind in kinds] == [2, 3]
@@ -112,52 +117,102 @@ def test_blocks_of_a_kind_are_found_by_their_classes_own_list(
 
 
 def test_a_component_without_repeated_blocks_is_one_block() -> None:
-    class Holder(nn.Module):
-        wrapper: nn.Module
-
-    holder = Holder()
-    holder.wrapper = nn.Sequential(nn.Linear(3, 3))
-    (kind,) = find_kinds(holder)
+    (kind,) = find_kinds(Typed(nn.Sequential(nn.Linear(3, 3)), torch.float32))
     assert kind.blocks == [""]
 
 
 def test_packages_of_two_blocks_give_what_five_blocks_gave(
-    source: Path, watched: tuple[nn.Module, list[Kind]]
+    source: Path, watched: tuple[Typed, list[Kind]]
 ) -> None:
     """With each block's own weights, at sizes that were never seen."""
     typed, kinds = watched
-    other = typed_of(source).wrapper
-    assert isinstance(other, nn.Module)
-    packages = [Eager(other.get_submodule(kind.blocks[0]), kind) for kind in kinds]
+    packages = packages_of(typed_of(source), kinds)
     inputs = sized_inputs(SIGNATURE, {"batch": 2, "sequence": 10, "tokens": 5})
     with torch.no_grad():
         wanted = typed(*inputs)[0]
-        wrapper = typed.wrapper
-        assert isinstance(wrapper, nn.Module)
-        documents = json.loads(json.dumps([kind.document("package") for kind in kinds]))
-        insert_blocks(wrapper, documents, packages)  # type: ignore[arg-type]
+        insert_blocks(typed.wrapper, documents_of(kinds), packages)
         torch.testing.assert_close(typed(*inputs)[0], wanted)
     assert [package.calls for package in packages] == [2, 3]
 
 
-def test_a_weight_of_another_shape_is_refused(watched: tuple[nn.Module, list[Kind]]) -> None:
+def packages_of(other: Typed, kinds: list[Kind]) -> list[Any]:
+    blocks = [other.wrapper.get_submodule(kind.blocks[0]) for kind in kinds]
+    return [Eager(block, kind, other) for block, kind in zip(blocks, kinds, strict=True)]
+
+
+def documents_of(kinds: list[Kind]) -> list[dict[str, Any]]:
+    """As they come from a file."""
+    found: list[dict[str, Any]] = json.loads(
+        json.dumps([kind.document("package") for kind in kinds])
+    )
+    return found
+
+
+def test_each_block_gets_its_own_layers_low_rank_matrices(source: Path) -> None:
+    """As the eager engine adds them: in blocks, which are packages, and between them."""
+    signature = prepared_forms(source)["lora"]
+    typed = typed_of(source, "lora")
+    kinds = find_kinds(typed)
+    watch_calls(typed, kinds, signature)
+    assert "attn.to_q" in kinds[0].adapted
+    sizes = {"batch": 2, "sequence": 10, "tokens": 5, "rank": 3}
+    feeds = {
+        spec.name: tensor
+        for spec, tensor in zip(signature.inputs, sized_inputs(signature, sizes), strict=True)
+    }
+    lora = {name: 0.1 * x for name, x in feeds.items() if "lora_" in name}
+    for name in ("lora_A", "lora_B"):  # a rank of its own, which packages wouldn't take
+        key = f"single_transformer_blocks.1.proj_mlp.{name}"
+        lora[key] = lora[key][:, :1] if name == "lora_A" else lora[key][:1]
+    arrays = {name: x.numpy() for name, x in {**feeds, **lora}.items()}
+    with eager_engine(source, signature) as engine:
+        wanted = engine(arrays)["out"]
+        without = {n: np.zeros_like(x) if n in lora else x for n, x in arrays.items()}
+        assert np.abs(engine(without)["out"] - wanted).max() > 0.1
+    packages = packages_of(typed_of(source, "lora"), kinds)
+    insert_blocks(typed.wrapper, documents_of(kinds), packages, typed.low_rank)
+    with torch.no_grad():
+        given = compiled_ranks(arrays, signature)
+        found = typed(*(torch.from_numpy(given[spec.name]) for spec in signature.inputs))
+    np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-4)
+    assert [package.calls for package in packages] == [2, 3]
+
+
+def eager_engine(source: Path, signature: Signature) -> EagerEngine:
+    names = {
+        "config": "config.json",
+        "layers": "layers.json",
+        "weights": "weights.safetensors",
+        "lora": "lora.safetensors",
+    }
+    return EagerEngine(
+        {role: (source / name).read_bytes() for role, name in names.items()},
+        signature=signature,
+        properties={"wrapper": "flux_transformer", "dtype": "f32"},
+        threads=1,
+    )
+
+
+def test_blocks_with_other_adapted_layers_are_refused(source: Path) -> None:
+    typed = typed_of(source, "lora")
+    kinds = find_kinds(typed)
+    watch_calls(typed, kinds, prepared_forms(source)["lora"])
+    packages = packages_of(typed_of(source, "lora"), kinds)
+    kinds[0].adapted.pop()
+    with pytest.raises(BundleError, match="other layers with low-rank inputs"):
+        insert_blocks(typed.wrapper, documents_of(kinds), packages, typed.low_rank)
+
+
+def test_a_weight_of_another_shape_is_refused(watched: tuple[Typed, list[Kind]]) -> None:
     typed, kinds = watched
     kinds[0].weights["norm1.linear.bias"] = ["float32", [7]]
-    wrapper = typed.wrapper
-    assert isinstance(wrapper, nn.Module)
-    package = Eager(wrapper.get_submodule(kinds[0].blocks[0]), kinds[0])
+    packages = packages_of(typed, kinds)
     with pytest.raises(BundleError, match=r"norm1\.linear\.bias isn't what its package needs"):
-        insert_blocks(wrapper, [kinds[0].document("package")], [package])  # type: ignore[list-item]
+        insert_blocks(typed.wrapper, documents_of(kinds), packages)
 
 
-def test_a_block_that_is_called_otherwise_is_refused(
-    watched: tuple[nn.Module, list[Kind]],
-) -> None:
+def test_a_block_that_is_called_otherwise_is_refused(watched: tuple[Typed, list[Kind]]) -> None:
     typed, kinds = watched
-    wrapper = typed.wrapper
-    assert isinstance(wrapper, nn.Module)
-    kind = kinds[0]
-    package = Eager(wrapper.get_submodule(kind.blocks[0]), kind)
-    insert_blocks(wrapper, [kind.document("package")], [package])  # type: ignore[list-item]
+    insert_blocks(typed.wrapper, documents_of(kinds), packages_of(typed, kinds))
     with pytest.raises(BundleError, match="calls its blocks otherwise"):
-        wrapper.get_submodule(kind.blocks[0])(torch.zeros(1))
+        typed.wrapper.get_submodule(kinds[0].blocks[0])(torch.zeros(1))

@@ -162,7 +162,7 @@ def test_a_lora_draws_under_control_and_goes_without_a_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["openvino", "eager"])
+@pytest.mark.parametrize("backend", ["openvino", "eager", "aoti", "aoti-blocks"])
 def test_other_backends_draw_the_same(
     backend: str,
     bundle: MakeBundle,

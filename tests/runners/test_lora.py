@@ -73,7 +73,11 @@ def wanted(loras: Path, tiny_model: Path) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("backend", HERE)
+_COMPILED = [pytest.param(name, marks=pytest.mark.slow) for name in ("aoti", "aoti-blocks")]
+"""Minutes each."""
+
+
+@pytest.mark.parametrize("backend", [*HERE, *_COMPILED])
 def test_engines_draw_what_diffusers_draws_and_forget_it(
     backend: str, bundle: MakeBundle, loras: Path, wanted: dict[str, np.ndarray[Any, Any]]
 ) -> None:
@@ -284,7 +288,7 @@ def test_the_command_line_draws_with_files_and_tags(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "eager"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "eager", "aoti"])
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_on_quantized_engines_it_is_within_their_own_noise(
     backend: str, quant: str, bundle: MakeBundle, loras: Path, tiny_model: Path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from runners.metadata import read_metadata
 from runners.seamless import Grid, in_seamless_tiles, margin_of
-
-MakeBundle = Callable[..., Path]
+from tests.conftest import Kiln, MakeBundle
 
 REFERENCE = Path(__file__).parents[2] / "benchmarks" / "reference_model"
 SIDE = 128
@@ -85,6 +85,51 @@ def test_one_part_is_open_at_a_time(pipeline: Any, vae: Any) -> None:
     assert forms["vae_decoder"] == "tile"
     vae.decode(_uneven(4, 16)[:1])  # no larger than a tile
     assert forms["vae_decoder"] == ""
+
+
+@pytest.mark.parametrize("more", [(), ("--image", "start.png", "--strength", 0.5)], ids=len)
+def test_the_command_draws_in_tiles_what_it_draws_whole(
+    bundle: MakeBundle, kiln: Kiln, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any
+) -> None:
+    """From noise, and from a picture that is encoded in tiles too."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(_pixels(_sheet(SIDE))[0].transpose(1, 2, 0).astype(np.uint8)).save("start.png")
+    made, pictures = bundle("onnxruntime", tiles=True), []
+    for name, way in (("whole.png", "--no-tiled"), ("tiles.png", "--tiled")):
+        fixed = ("--prompt", "a house", "--seed", 3, "--steps", 2, "--size", f"{SIDE}x{SIDE}")
+        ended = kiln("generate", made, *fixed, way, "-o", name, *more)
+        assert ended.code == 0, ended.err
+        assert read_metadata(tmp_path / name)["way"]["tiled"] is (way == "--tiled")
+        with Image.open(name) as image:
+            pictures.append(np.asarray(image, np.float32))
+    assert pictures[0].std() > 10
+    assert np.abs(pictures[1] - pictures[0]).mean() < 1
+
+
+def test_latents_of_16_channels_without_convolutions_around_them() -> None:
+    """As those of SD3 and FLUX.1 are."""
+    from diffusers import AutoencoderKL
+
+    from runners.vae_parts import DecoderTile, DecoderWhole, tile_norms
+    from tests.tiny_pipelines import tiny_vae
+
+    torch.manual_seed(0)
+    model = tiny_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False).eval()
+    halves = []
+    for _ in range(3):
+        half = AutoencoderKL.from_config(model.config).eval()
+        half.load_state_dict(model.state_dict())
+        half.encoder = None
+        halves.append(half)
+    norms = (len(tile_norms(halves[0])), 2, model.config.norm_num_groups)
+    grid = Grid((16, 16), 1, margin_of(model.config, encodes=False))
+    with torch.inference_mode():
+        latents = _uneven(16, SIDE // 4)[:1]
+        whole = _pixels(model.decode(latents).sample)
+        (features,) = DecoderWhole(halves[1])(latents)
+        tiled = _pixels(in_seamless_tiles(DecoderTile(halves[2]), features, grid, norms))
+    assert whole.std() > 10
+    assert np.abs(tiled - whole).mean() < 1
 
 
 def test_trained_weights_leave_no_seams() -> None:

@@ -22,6 +22,7 @@ from optimizer.backends.aoti import (
     FILES,
     INT8_KERNELS,
     SETTINGS,
+    Typed,
     code_properties,
     compile_package,
     exported,
@@ -33,6 +34,8 @@ from profiles.hardware import read_cpu
 from runners.engines.aoti import AotiEngine
 from runners.engines.aoti_package import Package, read_tensors, require_platform, scan_package
 from runners.engines.base import Engine
+from runners.lora_inputs import Target, lora_targets, with_lora
+from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product
 from runners.quantized import Quantization, QuantizedLayer
 from runners.signature import Dim, Signature, TensorSpec
@@ -52,12 +55,14 @@ class Made(NamedTuple):
     properties: dict[str, Any]
     code: str
 
-    def engine(self, folder: Path | None = None, **changed: Any) -> Engine:
+    def engine(
+        self, folder: Path | None = None, signature: Signature = SIGNATURE, **changed: Any
+    ) -> Engine:
         names = dict(FILES) if not self.properties["frozen"] else {"package": FILES["package"]}
         where = folder or self.folder
         return AotiEngine(
             {role: bytearray((where / name).read_bytes()) for role, name in names.items()},
-            signature=SIGNATURE,
+            signature=signature,
             properties={**self.properties, **changed},
             threads=1,
         )
@@ -88,11 +93,22 @@ def quantized(form: str, out: int, inside: int) -> QuantizedLayer:
     )
 
 
-def made(folder: Path, module: nn.Module, *, frozen: bool) -> Made:
+def made(
+    folder: Path,
+    module: nn.Module,
+    *,
+    frozen: bool,
+    signature: Signature = SIGNATURE,
+) -> Made:
     whole = _Tuple(module).eval().requires_grad_(False)
+    called: nn.Module = whole
+    if lora_targets(signature):
+        called = typed = Typed(whole, torch.float32)
+        typed.low_rank = LowRank(module, signature, None)
+        typed.names = [spec.name for spec in signature.inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own code
-        program = exported(whole, SIGNATURE)
+        program = exported(called, signature)
         more = {"freezing": frozen, "aot_inductor.package_constants_in_so": frozen}
         settings = {**SETTINGS, **more}
         code = compile_package(program, folder / FILES["package"], settings)
@@ -119,6 +135,29 @@ def low_bit(tmp_path_factory: pytest.TempPathFactory) -> Made:
     module = nn.Sequential(quantized("int8", 64, 64), nn.SiLU(), quantized("int4", 32, 64))
     lower_layers(module, processor_product)
     return made(tmp_path_factory.mktemp("frozen"), module, frozen=True)
+
+
+def test_low_rank_inputs_of_any_rank_beside_low_bit_weights(tmp_path: Path) -> None:
+    """Each layer's rank is its own, and compiled code takes none below 2."""
+    torch.manual_seed(0)
+    module = nn.Sequential(quantized("int8", 64, 64), nn.SiLU(), quantized("int4", 32, 64))
+    lowered = lower_layers(module, processor_product)
+    form = with_lora(SIGNATURE, {"0": Target(64, 64), "2": Target(64, 32)})
+    found = made(tmp_path, module, frozen=True, signature=form)
+    assert len(INT8_KERNELS.findall(found.code)) == 1
+    rng = np.random.default_rng(0)
+    with found.engine(signature=form) as engine:
+        for ranks in ((0, 0), (1, 5), (3, 2)):
+            feeds = {"x": rng.standard_normal((2, 33, 64), np.float32)}
+            for layer, rank, out in (("0", ranks[0], 64), ("2", ranks[1], 32)):
+                feeds[f"{layer}.lora_A"] = 0.2 * rng.standard_normal((64, rank), np.float32)
+                feeds[f"{layer}.lora_B"] = 0.2 * rng.standard_normal((rank, out), np.float32)
+            wanted = torch.from_numpy(feeds["x"])
+            for layer in ("0", "2"):
+                down, up = (torch.from_numpy(feeds[f"{layer}.lora_{end}"]) for end in "AB")
+                wanted = lowered[layer]._product(lowered[layer], wanted) + (wanted @ down) @ up
+                wanted = nn.functional.silu(wanted) if layer == "0" else wanted
+            np.testing.assert_allclose(engine(feeds)["y"], wanted.detach().numpy(), atol=0.05)
 
 
 @pytest.fixture

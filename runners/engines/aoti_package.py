@@ -14,7 +14,6 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,8 @@ _DTYPES = {
 
 def scan_package(raw: Buffer) -> dict[str, str]:
     """torch's own metadata of a package; BundleError unless it holds what a package holds."""
-    stream: Any = raw if isinstance(raw, mmap) else io.BytesIO(raw)
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:  # a mmap can't be sought before 3.13
             entries = archive.infolist()
             _require_plain(entries, len(raw))
             found = [name for name in archive.namelist() if name.endswith(".wrapper_metadata.json")]

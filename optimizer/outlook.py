@@ -16,7 +16,8 @@ from optimizer.families import family as family_named
 from optimizer.families.base import Family
 from optimizer.families.outlines import Outline
 from optimizer.layout import PIPELINE, family_of
-from optimizer.plan import Job, Plan
+from optimizer.plan import Job, Plan, default_solver
+from optimizer.sizes import compile_bytes
 from optimizer.source import HUB_ID, resolve
 from optimizer.vae_config import completed, require_known, splits
 from profiles import profile as profiles
@@ -42,10 +43,6 @@ a card: CUDA's context and the libraries' kernels (not measured here)."""
 
 _PIXEL_BYTES: dict[Device, float] = {"processor": 60.0, "card": 12.0}
 """optimizer.memory_entries of a processor; on a card the decoder's output alone."""
-
-_EXPORT_BYTES, _EXPORT_BASE = 12, 1 << 30
-"""A component in fp32 is held up to three times while it is exported, beside the libraries
-(optimizer.plan)."""
 
 _SIDE_MAX = 4096
 _ASSETS = Path(__file__).parent / "families" / "assets"
@@ -182,15 +179,18 @@ _FLOAT = 4
 
 
 def _build(outlines: Mapping[str, Outline], known: Family, backend: Backend) -> dict[str, int]:
-    """The peak of compiling at each level: the largest component while it is exported or built."""
-    exported = max(_EXPORT_BYTES * one.counted.parameters for one in outlines.values())
+    """The peak of compiling at each level: that of the component that takes most."""
     denoiser = next(spec.name for spec in known.components if spec.role == "denoiser")
     counted = outlines[denoiser].counted
+    rest = [one.counted.parameters for name, one in outlines.items() if name != denoiser]
+    others = max(compile_bytes(parameters, None, 0) for parameters in rest)
     found = {}
     for level, (_, bytes_each) in _LEVELS.items():
-        each = bytes_each or 2
-        engine = counted.in_layers * each + 2 * (counted.parameters - counted.in_layers)
-        found[level] = max(exported, round(backend.build_memory * engine)) + _EXPORT_BASE
+        engine = counted.in_layers * (bytes_each or 2)
+        engine += 2 * (counted.parameters - counted.in_layers)
+        solver = None if level == "none" else default_solver(level)
+        own = compile_bytes(counted.parameters, solver, backend.build_memory * engine)
+        found[level] = max(others, own)
     return found
 
 

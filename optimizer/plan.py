@@ -35,7 +35,7 @@ from optimizer.quantize.policy import (
 )
 from optimizer.quantize.schemes import KEEP, W4A16, Scheme, Shape
 from optimizer.recipe import Recipe, parse_budget
-from optimizer.sizes import layer_shapes, predicted_bytes
+from optimizer.sizes import compile_bytes, layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
 from optimizer.vae_config import require_known, splits
 from profiles.errors import SpecError, UnsupportedError
@@ -46,7 +46,7 @@ from runners.control_tasks import CONTROL
 from runners.part_names import PARTS
 from runners.signature import Dim, Signature
 
-__all__ = ["Job", "Plan", "make_plan", "with_policy"]
+__all__ = ["Job", "Plan", "default_solver", "make_plan", "with_policy"]
 
 _GPTQ = ("int4", "int4-dyn", AUTO)
 """Levels whose codes GPTQ finds where no solver is named; the others gain nothing from it."""
@@ -124,6 +124,12 @@ class Job:
         return int(backend_named(self.backend).build_memory * self.predicted_bytes)
 
     @property
+    def predicted_memory_bytes(self) -> int:
+        """The peak of compiling it."""
+        solver = self.policy.solver if self.layers else None
+        return compile_bytes(self.parameters, solver, self.build_memory_bytes)
+
+    @property
     def float_bytes(self) -> int:
         """Of a stored number that isn't quantized."""
         return 4 if self.dtype == "fp32" else 2
@@ -164,11 +170,8 @@ class Plan:
 
     @property
     def predicted_memory_bytes(self) -> int:
-        """Peak of the largest stage: a component in fp32 is held up to three times while it is
-        exported (module, graph, serialized), beside about 1 GiB of libraries (measured).
-        """
-        needs = (max(12 * job.parameters, job.build_memory_bytes) for job in self.jobs)
-        return max(needs) + (1 << 30)
+        """Peak of the largest stage."""
+        return max(job.predicted_memory_bytes for job in self.jobs)
 
 
 def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware: Hardware) -> Plan:
@@ -201,7 +204,7 @@ def make_plan(recipe: Recipe, source: ModelSource, *, profile: Profile, hardware
     resolved = recipe.model_copy(
         update={
             "quant": quant,
-            "solver": recipe.solver or _solver(quant),
+            "solver": recipe.solver or default_solver(quant),
             "dtype": dtype,
             "backend": backend,
             "profile": profile.name,
@@ -376,7 +379,7 @@ def _variants(
     denoiser = next(job for job in jobs if job.spec.role == "denoiser")
     made = []
     for level in recipe.variants:
-        own = {"quant": level, "solver": recipe.solver or _solver(level)}
+        own = {"quant": level, "solver": recipe.solver or default_solver(level)}
         job = _job(denoiser.spec, source, denoiser.signature, resolved.model_copy(update=own))
         made.append(replace(job, is_variant=True))
     levels = [job.quant for job in (denoiser, *made)]
@@ -388,8 +391,8 @@ def _variants(
     return tuple(made)
 
 
-def _solver(quant: str) -> str:
-    """What suits a level."""
+def default_solver(quant: str) -> str:
+    """The solver that suits a level."""
     return "gptq" if quant in _GPTQ else "mse"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from optimizer.backends import Backend
 from optimizer.quantize.schemes import Scheme, Shape
 
-__all__ = ["GRAPH_BYTES", "LARGE", "layer_shapes", "predicted_bytes"]
+__all__ = ["GRAPH_BYTES", "LARGE", "compile_bytes", "layer_shapes", "predicted_bytes"]
 
 GRAPH_BYTES = 500
 """Of graph, small constants and padding for each parameter (seen: 0.2 MB for 440)."""
@@ -17,6 +17,12 @@ LARGE = 50_000_000
 """Denoisers of more parameters are calibrated and measured on little: a step takes seconds, not
 ms."""
 
+
+_LIBRARIES_BYTES = 1 << 30
+_KEPT, _QUANTIZED, _GPTQ = 12.0, 9.0, 10.5
+"""Bytes a parameter at the peak of compiling one component: in fp32 up to three times while it is
+exported (module, graph, serialized); quantized, in fp32 beside its codes or its engine (a full-size
+SDXL in int8: 8.7, Stable Diffusion 1.5: 7.1), and for GPTQ beside covariances (SD 1.5: 10.3)."""
 
 _TABLES = ("embedding.weight", "embed_tokens.weight", "shared.weight", "attention_bias.weight")
 """Ends of the names of look-up tables, which are no linears."""
@@ -45,3 +51,12 @@ def predicted_bytes(
         else:
             total += scheme.stored_bytes(shape, float_bytes)
     return total
+
+
+def compile_bytes(parameters: int, solver: str | None, built_bytes: float) -> int:
+    """The peak of memory while a component is compiled; `solver` None: it isn't quantized.
+
+    `built_bytes` is what the backend's builder takes at its own peak, 0 where that is less.
+    """
+    each = _KEPT if solver is None else _GPTQ if solver == "gptq" else _QUANTIZED
+    return round(max(each * parameters, built_bytes)) + _LIBRARIES_BYTES

@@ -19,10 +19,12 @@ ms."""
 
 
 _LIBRARIES_BYTES = 1 << 30
-_KEPT, _QUANTIZED, _GPTQ = 12.0, 9.0, 10.5
+_KEPT, _QUANTIZED = 12.0, 9.0
+_SOLVED = {"gptq": 10.5, "hqq": 7.0}
 """Bytes a parameter at the peak of compiling one component: in fp32 up to three times while it is
-exported (module, graph, serialized); quantized, in fp32 beside its codes or its engine (a full-size
-SDXL in int8: 8.7, Stable Diffusion 1.5: 7.1), and for GPTQ beside covariances (SD 1.5: 10.3)."""
+exported (module, graph, serialized); quantized, in fp32 beside its codes or its engine (int8: SDXL
+8.7, Stable Diffusion 1.5 7.1), for GPTQ beside covariances (SD 1.5: 10.3), with HQQ without any
+statistics (int4: SDXL 6.5)."""
 
 _TABLES = ("embedding.weight", "embed_tokens.weight", "shared.weight", "attention_bias.weight")
 """Ends of the names of look-up tables, which are no linears."""
@@ -58,5 +60,5 @@ def compile_bytes(parameters: int, solver: str | None, built_bytes: float) -> in
 
     `built_bytes` is what the backend's builder takes at its own peak, 0 where that is less.
     """
-    each = _KEPT if solver is None else _GPTQ if solver == "gptq" else _QUANTIZED
+    each = _KEPT if solver is None else _SOLVED.get(solver, _QUANTIZED)
     return round(max(each * parameters, built_bytes)) + _LIBRARIES_BYTES

@@ -323,9 +323,8 @@ class _Stages:
             return None
         key = {**self._runs, "engine": engine.name, "on": self._machine}
         arguments = (job, recorded, engine)
-        return self._run(
-            "speed", "Measure a step", key, "optimizer.measure:measure_step", arguments
-        )
+        target = "optimizer.measure:measure_step"
+        return self._run("speed", "Measure a step", key, target, arguments, timed=True)
 
     def draw(self, folder: Path, manifest: Manifest, wanted: Picture) -> Path:
         """The file of the picture that the bundle in `folder` draws."""
@@ -365,10 +364,11 @@ class _Stages:
         arguments: tuple[Any, ...],
         *,
         planned: bool = True,
+        timed: bool = False,
     ) -> Path:
         """The entry of `key`, made by `target` in a process of its own where it isn't there yet.
 
-        What is `planned` runs the model in torch.
+        What is `planned` runs the model in torch; what is `timed`, as users' own processes run it.
         """
         if (found := self.store.find(kind, key, verify=True)) is not None:
             self.console.detail(f"{title}: found in the cache")
@@ -377,7 +377,8 @@ class _Stages:
         with self.console.stage(title) as stage, self.store.create(kind, key) as folder:
             first, start = (self._plan,) if planned else (), time.monotonic()
             given = (*first, *arguments, folder)
-            printed = run_stage(target, given, progress=stage.progress, warm=planned)
+            warm = planned and not timed
+            printed = run_stage(target, given, progress=stage.progress, warm=warm)
             (folder / _TOOK).write_text(f"{time.monotonic() - start:.1f}", "utf-8")
         self.console.detail(printed.rstrip())
         made = self.store.find(kind, key)

@@ -16,6 +16,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who spins takes the other one's core
 
 from optimizer.backends import BACKENDS
 from tests.tiny_pipelines import tiny_sd, tiny_taesd

@@ -129,6 +129,22 @@ def test_another_environment_gets_another_nursery(monkeypatch: pytest.MonkeyPatc
         assert say() == "blue\n"
 
 
+@needs_forks
+def test_threads_of_forked_stages_soon_sleep_unless_the_user_says_how_they_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spins(*, warm: bool) -> str:
+        target, given = "tests.optimizer.stages:say_variable", ("GOMP_SPINCOUNT",)
+        return run_stage(target, given, progress=lambda _done, _of: None, warm=warm).strip()
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    with warm_stages(LIGHT):
+        assert (spins(warm=True), spins(warm=False)) == ("10000", "None")
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        assert spins(warm=True) == "None"
+
+
 @pytest.mark.parametrize("warm", [False, pytest.param(True, marks=needs_forks)])
 def test_a_stage_ends_when_its_parent_is_killed(tmp_path: Path, warm: bool) -> None:
     """Else a killed compile would go on beside the one that resumes it."""

@@ -29,7 +29,8 @@ LEAST_COMPILED_RANK = 2
 """Of an input of compiled code: torch.export takes sizes of 0 and 1 for constants."""
 
 _RANK = "rank"
-DOWN, UP = ".lora_A", ".lora_B"
+DOWN = ".lora_A"
+UP = ".lora_B"
 """What a layer's inputs are called after its name."""
 
 

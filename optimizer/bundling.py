@@ -44,6 +44,7 @@ from runners.manifest_file import (
     read_raw,
 )
 from runners.mark import is_marked, local_key, mark_bundle
+from runners.memory import Residency
 from runners.outputs import require_writable
 from runners.requires import Host, Observed
 from runners.signature import Signature
@@ -113,8 +114,8 @@ def check_target(out: Path, *, force: bool) -> None:
     local_key()  # which the bundle will be marked with: better no key now than in an hour
 
 
-Draw = Callable[[Path, Manifest, Picture], Path]
-"""The file of the picture that the bundle in a folder draws."""
+Draw = Callable[[Path, Manifest, Picture, Residency], Path]
+"""The file of the picture that the bundle in a folder draws, holding its engines so."""
 
 
 def assemble(plan: Plan, made: Made, out: Path, draw: Draw) -> Manifest:
@@ -153,13 +154,22 @@ def _with_picture(plan: Plan, manifest: Manifest, folder: Path, draw: Draw) -> M
         side=-(-least // step) * step,
         least_psnr_db=_LEAST_PSNR_DB,
     )
-    path, drawn = folder / _PICTURE, draw(folder, manifest, picture)
+    path, drawn = folder / _PICTURE, draw(folder, manifest, picture, "keep")
     shutil.copyfile(drawn, path)
     entry = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
     files = {**manifest.files, _PICTURE: entry}
-    peak = json.loads(drawn.with_name(PEAK_NAME).read_text("utf-8"))["peak_rss_bytes"]
-    memory = manifest.memory or calibrated(manifest, side=picture.side, peak_bytes=peak)
+    memory = manifest.memory or calibrated(
+        manifest,
+        side=picture.side,
+        kept_bytes=_peak(drawn),
+        in_turn_bytes=_peak(draw(folder, manifest, picture, "sequential")),
+    )
     return manifest.model_copy(update={"files": files, "picture": picture, "memory": memory})
+
+
+def _peak(drawn: Path) -> int:
+    peak: int = json.loads(drawn.with_name(PEAK_NAME).read_text("utf-8"))["peak_rss_bytes"]
+    return peak
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from profiles.hardware import Hardware
 from runners.console import Console
 from runners.control_tasks import CONTROL
 from runners.manifest import Manifest, Picture
+from runners.memory import Residency
 
 __all__ = ["CompileResult", "analyze_model", "compile_bundle", "plan_recipe"]
 
@@ -326,18 +327,21 @@ class _Stages:
         target = "optimizer.measure:measure_step"
         return self._run("speed", "Measure a step", key, target, arguments, timed=True)
 
-    def draw(self, folder: Path, manifest: Manifest, wanted: Picture) -> Path:
+    def draw(self, folder: Path, manifest: Manifest, wanted: Picture, residency: Residency) -> Path:
         """The file of the picture that the bundle in `folder` draws."""
         libraries = sorted({backend(job.backend).library for job in self._plan.jobs})
         key = {
             "what": "picture",
             "files": {name: entry.sha256 for name, entry in manifest.files.items()},
             "wanted": wanted.model_dump(mode="json"),
+            "residency": residency,
             "on": self._machine,
             "with": versions((*TORCH, *libraries)),
         }
-        title, target = "Draw the self-test's picture", "optimizer.picture:draw_picture"
-        made = self._run("picture", title, key, target, (folder, wanted), planned=False)
+        title = f"Draw the self-test's picture, {residency}"
+        arguments = (folder, wanted, residency)
+        target = "optimizer.picture:draw_picture"
+        made = self._run("picture", title, key, target, arguments, planned=False)
         return made / wanted.file
 
     def _prepare_key(self, job: Job) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What the manifest says of memory: each engine's by pixels of the picture, and the process's base.
 
 The base is what a real drawing process took beyond what its engines' measurements explain, so that
-prediction and reality agree where the bundle was made.
+prediction and reality agree where the bundle was made. So is what closed engines leave behind, of a
+process that opens them in turn.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Any
 
 from runners.files import MAPPED_FROM
 from runners.manifest import Manifest
-from runners.memory import Asked, Feature, PartMemory, PipelineMemory, is_guided, parts_of, rows
+from runners.memory import (
+    Asked,
+    Feature,
+    PartMemory,
+    PipelineMemory,
+    Residency,
+    is_guided,
+    parts_of,
+    rows,
+)
 from runners.signature import Signature
 
 __all__ = [
@@ -66,20 +76,29 @@ def form_memory(
     return _grown(per_pixel(part, places_per_pixel(signature, side_min)))
 
 
-def calibrated(manifest: Manifest, *, side: int, peak_bytes: int) -> PipelineMemory | None:
-    """The process's base, by what one that drew a picture of `side` x `side` pixels took at most.
+def calibrated(
+    manifest: Manifest, *, side: int, kept_bytes: int, in_turn_bytes: int
+) -> PipelineMemory | None:
+    """What a process has beside its engines, by what two that drew a picture of `side` x `side`
+    pixels took at most: one kept its engines open, one opened them in turn.
 
     None where an engine wasn't measured.
     """
-    pipeline = PipelineMemory(base_bytes=0, pixel_bytes=PIXEL_BYTES, source="measured")
-    parts = parts_of(manifest.model_copy(update={"memory": pipeline}))
-    if parts is None:
-        return None
+    memory = PipelineMemory(base_bytes=0, pixel_bytes=PIXEL_BYTES, source="measured")
     # a task of the pipeline's own that starts from a picture encodes first, which is the smaller
     asked = Asked(side, side, guided=is_guided(manifest))
-    engines = rows(parts, asked, residency="keep", tiled=False)[0].peak_bytes
-    base = round((1 + _SPARE) * peak_bytes) - engines
-    return pipeline.model_copy(update={"base_bytes": max(0, base)})
+    seen: tuple[tuple[Residency, str, int], ...] = (
+        ("keep", "base_bytes", kept_bytes),
+        ("sequential", "left_bytes", in_turn_bytes),
+    )
+    for residency, name, peak in seen:
+        parts = parts_of(manifest.model_copy(update={"memory": memory}))
+        if parts is None:
+            return None
+        explained = rows(parts, asked, residency=residency, tiled=False)[0].peak_bytes
+        unexplained = round((1 + _SPARE) * peak) - explained
+        memory = memory.model_copy(update={name: max(0, unexplained)})
+    return memory
 
 
 def places_per_pixel(signature: Signature, side_min: int) -> float:

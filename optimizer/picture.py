@@ -10,6 +10,7 @@ from optimizer.memory_entries import PEAK_NAME
 from runners import gauge
 from runners.bundle import Bundle, read_manifest
 from runners.manifest import Picture
+from runners.memory import Residency
 from runners.reference_picture import draw
 from runners.trust import load_trust
 
@@ -19,7 +20,7 @@ _AS_GENERATE = ("runners.generate", "runners.metadata", "runners.prompting", "ru
 """What `kiln generate` imports beside, so that this process is as large as one of it."""
 
 
-def draw_picture(folder: Path, wanted: Picture, out: Path) -> None:
+def draw_picture(folder: Path, wanted: Picture, residency: Residency, out: Path) -> None:
     """Draw what `wanted` says with the bundle in `folder`, its bytes verified, into `out`.
 
     `PEAK_NAME` says what that took: the bundle's memory is calibrated with it.
@@ -30,7 +31,12 @@ def draw_picture(folder: Path, wanted: Picture, out: Path) -> None:
     bundle = Bundle(folder, read_manifest(folder))
     bundle.verify()
     picture = draw(
-        bundle, prompt=wanted.prompt, seed=wanted.seed, steps=wanted.steps, side=wanted.side
+        bundle,
+        prompt=wanted.prompt,
+        seed=wanted.seed,
+        steps=wanted.steps,
+        side=wanted.side,
+        residency=residency,
     )
     picture.save(out / wanted.file, optimize=True)
     (out / PEAK_NAME).write_text(json.dumps({"peak_rss_bytes": gauge.peak_bytes()}), "utf-8")

@@ -111,6 +111,8 @@ class PipelineMemory(BaseModel):
 
     base_bytes: int = Field(ge=0)
     """Interpreter and libraries, tokenizers and schedulers, with no engine open."""
+    left_bytes: int = Field(0, ge=0)
+    """What closed engines leave behind, where the next one opens after them."""
     pixel_bytes: float = Field(ge=0)
     """For each pixel of all pictures of a batch, while they are made of what the decoder gave."""
     source: Literal["measured", "formula"]
@@ -348,11 +350,11 @@ def _stages(parts: Parts, asked: Asked, way: Way) -> Iterator[Stage]:
     whole = [*parts.text_encoders, *turns, parts.decoder, *filter(None, [parts.encoder])]
     keeps = way.residency == "keep"
     base = parts.pipeline.base_bytes + (sum(part.held_bytes for part in whole) if keeps else 0)
-    kept = 0
+    kept, left = 0, (0 if keeps else parts.pipeline.left_bytes)
     text, peak = Shape(1, asked.pixels, asked.tokens), 0
     for part in parts.text_encoders:
         peak = max(peak, kept + part.peak_bytes(text) + _read(part, way))
-        kept += part.open_bytes(text) if keeps else 0
+        kept = kept + part.open_bytes(text) if keeps else left
     yield Stage("text_encoding", base + peak)
 
     pictures = _picture_bytes(parts, asked, way)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from runners.bundle import Bundle
 from runners.manifest import Picture
+from runners.memory import Residency
 from runners.pipeline import TASKS, load
 
 __all__ = ["draw", "picture_psnr_db", "psnr_db"]
@@ -21,13 +22,21 @@ _MOST = 256
 """Pixels a side that are kept."""
 
 
-def draw(bundle: Bundle, *, prompt: str, seed: int, steps: int, side: int) -> Image.Image:
+def draw(
+    bundle: Bundle,
+    *,
+    prompt: str,
+    seed: int,
+    steps: int,
+    side: int,
+    residency: Residency = "keep",
+) -> Image.Image:
     """The bundle's picture, at most 256 pixels wide and high, from noise drawn on the CPU.
 
     Drawn with the first task of its pipeline's; those that change pictures get a grey one.
     """
     tasks = TASKS[bundle.manifest.model.pipeline_class]
-    pipeline = load(bundle, task=next(iter(tasks)))
+    pipeline = load(bundle, task=next(iter(tasks)), residency=residency)
     wanted: dict[str, Any] = {
         "width": side,
         "height": side,

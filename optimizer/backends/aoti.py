@@ -259,11 +259,15 @@ def write_constants(
     stored = safetensors.torch.load_file(weights)
     table: dict[str, list[Any]] = {}
     more: dict[str, Tensor] = {}
-    for name, tensor in {**program.state_dict, **program.constants}.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:  # a part that nothing calls
-            continue
-        tensor = tensor.detach().cpu()
-        key = _stored_name(name, stored)
+    tensors = {
+        name: tensor.detach().cpu()
+        for name, tensor in {**program.state_dict, **program.constants}.items()
+        if isinstance(tensor, Tensor) and not tensor.is_meta  # else a part that nothing calls
+    }
+    keys = {name: key for name in tensors if (key := _stored_name(name, stored))}
+    shared = {(tensors[name].data_ptr(), tensors[name].shape): key for name, key in keys.items()}
+    for name, tensor in tensors.items():
+        key = keys.get(name) or shared.get((tensor.data_ptr(), tensor.shape))
         role = "weights"
         if key is None or not _same(stored[key], tensor):
             role, key = "constants", name

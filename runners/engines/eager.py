@@ -72,10 +72,12 @@ class EagerEngine(Engine):
 def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The quantized layers' table and all tensors of a component, as the eager engine reads them.
 
-    4-bit codes are packed two a byte.
+    4-bit codes are packed two a byte; a tensor of several names has one of them.
     """
     layers: dict[str, Any] = {}
     state = {name: tensor.contiguous() for name, tensor in component.state_dict().items()}
+    for name in _tied(component):
+        del state[name]
     for name, layer in component.named_modules():
         if isinstance(layer, QuantizedLayer):
             form = layer.quantization
@@ -98,12 +100,23 @@ def eager_module(
     """The component that `eager_state` was taken from."""
     state = safetensors.torch.load(bytes(weights))
     component = component_from_config(config)
+    tied = _tied(component)
     insert_quantized(component, {name: _layer(name, form, state) for name, form in layers.items()})
     component.load_state_dict(state, strict=False, assign=True)
+    for name, kept in tied.items():
+        owner, _, last = name.rpartition(".")
+        component.get_submodule(owner).register_parameter(last, component.get_parameter(kept))
     missing = [name for name, tensor in component.state_dict().items() if tensor.is_meta]
     for name in missing:
         _drop(component, name)
     return component.float().eval()
+
+
+def _tied(component: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several (T5's embeddings have two) -> the first."""
+    first: dict[nn.Parameter, str] = {}
+    names = component.named_parameters(remove_duplicate=False)
+    return {name: kept for name, one in names if (kept := first.setdefault(one, name)) != name}
 
 
 def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:

@@ -39,7 +39,13 @@ TASK = {"sd1-inpaint": "inpaint", "sdxl-refiner": "img2img"}
 """That of the pipeline's own class, where it isn't text-to-image."""
 ABSENT = {"sd3-clips": {"text_encoder_3": None, "tokenizer_3": None}}
 """What diffusers wants to be told beside the folder."""
-SLOW = ("flux-schnell", "sd3-clips")
+QUICK: dict[str, tuple[str, ...]] = {
+    "onnxruntime": tuple(name for name in MADE if name not in ("flux-schnell", "sd3-clips")),
+    "eager": ("flux",),
+    "aoti": (),
+    "aoti-blocks": (),
+}
+"""Backend -> whose pictures are drawn in every run; the others' with -m slow."""
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +91,15 @@ def test_a_folder_is_detected_by_its_index(models: Callable[[str], Path], name: 
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MADE],
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=pytest.mark.slow if name not in quick else ())
+        for backend, quick in QUICK.items()
+        for name in MADE
+    ],
 )
 def test_pictures_are_diffusers_own(
-    models: Callable[[str], Path], bundle: MakeBundle, name: str
+    models: Callable[[str], Path], bundle: MakeBundle, name: str, backend: str
 ) -> None:
     """Alone at a wide size, and two together at a tall one; neither is traced or recorded."""
     plain = diffusers.DiffusionPipeline.from_pretrained(
@@ -97,7 +107,7 @@ def test_pictures_are_diffusers_own(
     )
     plain.set_progress_bar_config(disable=True)
     task = TASK.get(name, "text-to-image")
-    ours = runners.load(bundle("onnxruntime", model=models(name)), task=task)
+    ours = runners.load(bundle(backend, model=models(name)), task=task)
     try:
         assert type(ours) is type(plain)
         for width, height, seeds in ((96, 64, [3]), (48, 80, [4, 5])):

@@ -34,6 +34,7 @@ from profiles.hardware import read_cpu
 from runners.engines.aoti import AotiEngine
 from runners.engines.aoti_package import Package, read_tensors, require_platform, scan_package
 from runners.engines.base import Engine
+from runners.engines.eager import eager_state
 from runners.lora_inputs import Target, lora_targets, with_lora
 from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product
@@ -113,8 +114,7 @@ def made(
         settings = {**SETTINGS, **more}
         code = compile_package(program, folder / FILES["package"], settings)
     if not frozen:
-        state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-        safetensors.torch.save_file(state, folder / "eager.safetensors")
+        safetensors.torch.save_file(eager_state(module)[1], folder / "eager.safetensors")
         write_constants(program, folder / "eager.safetensors", folder)
     found = {**code_properties([folder / FILES["package"]]), "frozen": frozen, "low_bit_kernels": 0}
     return Made(folder, whole, found, code)
@@ -158,6 +158,25 @@ def test_low_rank_inputs_of_any_rank_beside_low_bit_weights(tmp_path: Path) -> N
                 wanted = lowered[layer]._product(lowered[layer], wanted) + (wanted @ down) @ up
                 wanted = nn.functional.silu(wanted) if layer == "0" else wanted
             np.testing.assert_allclose(engine(feeds)["y"], wanted.detach().numpy(), atol=0.05)
+
+
+def test_a_weight_of_two_names_is_stored_once(tmp_path: Path) -> None:
+    """As T5's embeddings are."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval().requires_grad_(False)
+    module[1].weight = module[0].weight
+    state = eager_state(module)[1]
+    assert set(state) == {"0.weight", "0.bias", "1.bias"}
+    safetensors.torch.save_file(state, tmp_path / "eager.safetensors")
+    write_constants(exported(_Tuple(module), SIGNATURE), tmp_path / "eager.safetensors", tmp_path)
+    table = json.loads((tmp_path / FILES["table"]).read_text())
+    ends = {name.removeprefix("inner."): entry[:2] for name, entry in table.items()}
+    assert ends == {
+        "0.weight": ["weights", "0.weight"],
+        "0.bias": ["weights", "0.bias"],
+        "1.weight": ["weights", "0.weight"],
+        "1.bias": ["weights", "1.bias"],
+    }
+    assert not safetensors.torch.load_file(tmp_path / FILES["constants"])
 
 
 @pytest.fixture

@@ -97,6 +97,16 @@ def test_kept_parts_add_up_and_sequential_ones_do_not() -> None:
     assert alone.peak_bytes == peaks["denoising"]
 
 
+def test_what_closed_engines_leave_counts_from_the_second_on() -> None:
+    left = replace(PARTS, pipeline=PARTS.pipeline.model_copy(update={"left_bytes": 50}))
+    for way, more in (("keep", [0, 0, 0]), ("sequential", [0, 50, 50])):
+        plain, beside = (
+            rows(parts, ASKED, residency=way, tiled=False)[0] for parts in (PARTS, left)
+        )
+        pairs = zip(plain.stages, beside.stages, strict=True)
+        assert [after.peak_bytes - before.peak_bytes for before, after in pairs] == more
+
+
 def test_control_networks_stay_open_beside_the_denoiser() -> None:
     pixels = 2 * 32 * 32
     controlled = replace(PARTS, controls=(part(3000, 2.0), part(1000, 1.0)))

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ from runners.engines.base import Engine
 from runners.part_names import PARTS, TILE
 from runners.signature import Signature
 
-__all__ = ["build_and_check", "limit_db"]
+__all__ = ["build_and_check", "engine_db", "limit_db", "opened_proof"]
 
 _DTYPE_DB = {"fp32": 80.0, "fp16": 40.0, "bf16": 28.0}
 """What computing in a type may lose by itself. fp32: 2e-6 relative (-114 dB) was seen, a wrong
@@ -63,7 +64,7 @@ def build_and_check(
     steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
     ran = engine_class(job.backend).usable_here(built.properties)
-    engine = _opened(job, built, out) if ran else _opened_proof(job, built, out)
+    engine = _opened(job, built, out) if ran else opened_proof(job, prepared, out)
     start = time.monotonic()
     with engine:
         engine(next(iter(calls.values())).feeds(job.signature))
@@ -81,7 +82,7 @@ def build_and_check(
     for name, db in found.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
     _require(job, "the recorded runs", total, oracle["sqnr_db"])
-    forms = _forms(job, prepared, out, sampled, alone)
+    forms = _forms(job, prepared, out, sampled, alone, ran=ran)
     if TILE in job.forms:
         parts = built_parts(job, prepared, out)
         for where, db in parts.sqnr_db(sampled).items():
@@ -113,8 +114,6 @@ def build_and_check(
             for db in (oracle["sqnr_db"], *oracle["unseen_sqnr_db"].values())
         )
     save_calls(judged, out / _SELFTEST)
-    for name in (built.proof or {}).values():
-        (out / name).unlink()
     (out / "built.json").write_text(json.dumps(document), "utf-8")
 
 
@@ -131,23 +130,32 @@ def _opened(job: Job, built: Built, out: Path, signature: Signature | None = Non
     )
 
 
-def _opened_proof(job: Job, built: Built, out: Path) -> Engine:
-    """The graph that the engine was built from, on ONNX Runtime: what it computes is proved where
-    the engine can't run.
+def opened_proof(
+    job: Job, prepared: Path, out: Path, form: str = "", signature: Signature | None = None
+) -> Engine:
+    """The graph that the engine, or its `form`, is built from, on ONNX Runtime: what it computes is
+    proved where the engine can't run. `out` is where its files are for a moment.
     """
     from runners.engines.onnxruntime import ACCURACY, OnnxRuntimeEngine
 
-    assert built.proof is not None, "whatever can't run here says what to prove it with"
-    return OnnxRuntimeEngine(
-        {role: bytearray((out / name).read_bytes()) for role, name in built.proof.items()},
-        signature=job.signature,
-        properties={"weights_location": built.proof["weights"], ACCURACY: "1"},
-        threads=psutil.cpu_count(logical=False) or 1,
-    )
+    with TemporaryDirectory(dir=out) as private:
+        files = builder(job.backend).prove(prepared, Path(private), job.how, form)
+        return OnnxRuntimeEngine(
+            {role: (Path(private) / name).read_bytes() for role, name in files.items()},
+            signature=signature or job.signature,
+            properties={"weights_location": files["weights"], ACCURACY: "1"},
+            threads=psutil.cpu_count(logical=False) or 1,
+        )
 
 
 def _forms(
-    job: Job, prepared: Path, out: Path, calls: Mapping[str, Call], alone: Mapping[str, float]
+    job: Job,
+    prepared: Path,
+    out: Path,
+    calls: Mapping[str, Call],
+    alone: Mapping[str, float],
+    *,
+    ran: bool,
 ) -> dict[str, dict[str, Any]]:
     """Every form but a VAE's parts, built and checked with nothing in its further inputs: as good
     as the plain engine `alone` on the same calls.
@@ -157,7 +165,11 @@ def _forms(
         if name in PARTS:
             continue
         built = builder(job.backend).build_form(prepared, out, job.how, name)
-        with _opened(job, built, out, signature) as engine:
+        with (
+            _opened(job, built, out, signature)
+            if ran
+            else opened_proof(job, prepared, out, name, signature)
+        ) as engine:
             for where, call in calls.items():
                 got = engine(neutral_feeds(call, job.signature, signature))
                 db = worst_sqnr_db([(call.outputs, [got[s.name] for s in signature.outputs])])

@@ -154,7 +154,7 @@ def _build(stages: _Stages, plan: Plan, out: Path) -> Manifest:
         prepared = stages.prepare(job, runs, observed)
         engines[job.name] = stages.engine(job, prepared, runs)
         if CONTROL in job.forms:
-            stages.check_control(job, engines[job.name], controlled)
+            stages.check_control(job, prepared, engines[job.name], controlled)
     speed = stages.speed(recorded, engines)
 
     made = bundling.Made(key, engines, speed, stages.hardware, stages.seconds)
@@ -308,11 +308,12 @@ class _Stages:
         function = "optimizer.check:build_and_check"
         return self._run("engine", title, key, function, (job, prepared, recorded), planned=False)
 
-    def check_control(self, job: Job, engine: Path, controlled: Path) -> Path:
+    def check_control(self, job: Job, prepared: Path, engine: Path, controlled: Path) -> Path:
         """The denoiser's engine, seen to take control networks' residuals as it should."""
         key = {"what": "control", "engine": engine.name, "runs": controlled.name}
         title, target = "Check control networks", "optimizer.control_form:check_control"
-        return self._run("control", title, key, target, (job, engine, controlled), planned=False)
+        arguments = (job, prepared, engine, controlled)
+        return self._run("control", title, key, target, arguments, planned=False)
 
     def speed(self, recorded: Path, engines: Mapping[str, Path]) -> Path | None:
         """One denoising step, timed against eager fp32; None where one of both can't run here."""

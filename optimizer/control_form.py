@@ -12,7 +12,7 @@ import psutil
 from torch import nn
 
 from optimizer.calls import load_calls
-from optimizer.check import engine_db, limit_db
+from optimizer.check import engine_db, limit_db, opened_proof
 from optimizer.configs import Config
 from optimizer.control_graph import add_residuals
 from optimizer.controlling import CONTROLLED_CALLS
@@ -67,19 +67,23 @@ def _in_order(controlled: Signature, adapted: Signature) -> Signature:
     )
 
 
-def check_control(job: Job, engine: Path, controlled: Path, out: Path) -> None:
+def check_control(job: Job, prepared: Path, engine: Path, controlled: Path, out: Path) -> None:
     """Run the form on recorded residuals; writes control.json with what was measured.
 
     Raises ParityError where it is worse than it may be.
     """
     built = json.loads((engine / "built.json").read_text("utf-8"))
     form = built["forms"][CONTROL]
-    opened = engine_class(job.backend)(
-        {role: bytearray((engine / name).read_bytes()) for role, name in form["files"].items()},
-        signature=Signature.model_validate(form["signature"]),
-        properties=form["properties"],
-        threads=psutil.cpu_count(logical=False) or 1,
-    )
+    signature = Signature.model_validate(form["signature"])
+    if built["ran"]:
+        opened = engine_class(job.backend)(
+            {role: bytearray((engine / name).read_bytes()) for role, name in form["files"].items()},
+            signature=signature,
+            properties=form["properties"],
+            threads=psutil.cpu_count(logical=False) or 1,
+        )
+    else:
+        opened = opened_proof(job, prepared, out, CONTROL, signature)
     with opened as live:
         found = engine_db(live, load_calls(controlled / CONTROLLED_CALLS).values())
     oracle = built["oracle_sqnr_db"]

@@ -60,7 +60,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "scheduler": plan.drawn.scheduler,
         "defaults": plan.drawn.defaults,
         "predicted_memory_bytes": plan.predicted_memory_bytes,
-        "predicted_bytes": sum(job.predicted_bytes for job in plan.jobs),
+        "predicted_bytes": sum(job.bundle_bytes for job in plan.jobs),
         "components": [
             {
                 "name": job.name,
@@ -68,7 +68,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "backend": job.backend,
                 "quant": job.quant,
                 "dtype": job.dtype,
-                "predicted_bytes": job.predicted_bytes,
+                "predicted_bytes": job.bundle_bytes,
                 "fp32_bytes": 4 * job.parameters,
                 "layers_quantized": len(job.layers),
                 "layers_total": job.layers_total,
@@ -98,10 +98,10 @@ def plan_text(plan: Plan) -> str:
         layers = f"{len(job.layers)} of {job.layers_total}"
         lines.append(
             f"{job.name:<{width}}{job.backend:<13}{job.quant:<7}{job.dtype:<7}{layers:>15}"
-            f"{job.predicted_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
+            f"{job.bundle_bytes / 1e6:>8.1f} MB  fp32 at {' and '.join(_unseen(job))}, recorded"
         )
     lines += [_policy_line(plan), _lora_line(plan), _tiles_line(plan), *_adapted(plan)]
-    total = sum(job.predicted_bytes for job in jobs)
+    total = sum(job.bundle_bytes for job in jobs)
     fp32 = sum(4 * job.parameters for job in jobs)
     runs = plan.calibration
     lines += [
@@ -203,7 +203,9 @@ def _lora_line(plan: Plan) -> str:
     """Which engines will take LoRAs, or why none."""
     names = [job.spec.name for job in plan.jobs if "lora" in job.forms]
     if names:
-        return f"LoRA: a second graph over the same weights for {', '.join(names)}"
+        whole = backend(plan.denoiser.backend).whole_forms
+        what = "engine with the weights once more" if whole else "graph over the same weights"
+        return f"LoRA: a second {what} for {', '.join(names)}"
     if not plan.recipe.lora:
         return "LoRA: left out, as --no-lora says"
     if plan.source.kind == "onnx":

@@ -70,7 +70,7 @@ class Variant:
     def parts(self) -> Iterator[tuple[str, int]]:
         """A digest of everything that decides a component's bytes, and how many they will be."""
         for job in self.plan.jobs:
-            yield _identity(job), job.predicted_bytes
+            yield _identity(job), job.bundle_bytes
 
     def command(self, model: str) -> str:
         """What makes it; `model` is a model or, ending in .json, a recipe."""

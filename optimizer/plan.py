@@ -95,6 +95,12 @@ class Job:
     """Further graphs over the same weights that are made (optimizer.forms)."""
 
     @property
+    def bundle_bytes(self) -> int:
+        """Predicted of all its files: forms that hold the weights once more are as large."""
+        whole = backend_named(self.backend).whole_forms
+        return self.predicted_bytes * (1 + len(self.forms) if whole else 1)
+
+    @property
     def candidates(self) -> tuple[Scheme, ...]:
         """The schemes that `--quant auto` tries every layer with, beside keeping it."""
         return candidates(self.parameters, backend_named(self.backend))

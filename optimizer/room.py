@@ -29,7 +29,7 @@ def require_disk(plan: Plan, out: Path, cache: Path) -> None:
 
     The store keeps every component once as exported (fp32 at most) and once built.
     """
-    engines = sum(job.predicted_bytes for job in plan.jobs)
+    engines = sum(job.bundle_bytes for job in plan.jobs)
     exported = sum(4 * job.parameters for job in plan.jobs)
     for folder, needed in ((cache, engines + exported), (out.absolute().parent, engines)):
         free = facts.free_disk_bytes(folder)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from profiles.errors import SpecError, UnsupportedError
 from runners.adapters import Adapter
+from runners.engines import engine_class
+from runners.engines.base import DeviceEngine
 from runners.lora import Lora, RawLora, fitted, read_lora
 from runners.lora_choices import LoraChoice
 from runners.lora_inputs import MOST_RANK, lora_targets
@@ -148,6 +150,13 @@ class LoraAdapters:
         entries = self._pipeline.kiln.manifest.components
         return {entry.name: entry.forms["lora"] for entry in entries if "lora" in entry.forms}
 
+    def _placed(self, part: str, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The feeds where the component's engine reads them, so that no step copies them."""
+        used = self._pipeline.kiln.manifest.component(part).backend
+        if not issubclass(engine_class(used), DeviceEngine):
+            return feeds
+        return {name: tensor.to("cuda") for name, tensor in feeds.items()}
+
     def _feed(self, active: Mapping[str, Weights]) -> None:
         """Let the engines run with these from the next call on; none: the plain engines."""
         made = {}
@@ -161,7 +170,7 @@ class LoraAdapters:
         for part, feeds in made.items():
             adapter = getattr(self._pipeline, part)
             assert isinstance(adapter, Adapter)
-            adapter.low_rank = feeds
+            adapter.low_rank = self._placed(part, feeds)
         self._pipeline.kiln.prompts.clear()  # what prompts became without these
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ __all__ = [
     "MOST_RANK",
     "UP",
     "Target",
+    "compiled_rank_tensors",
     "compiled_ranks",
     "lora_inputs",
     "lora_targets",
@@ -80,11 +82,30 @@ def lora_targets(signature: Signature) -> dict[str, Target]:
 
 def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
     """The feeds, whose matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
-    found = dict(feeds)
+    short = {
+        name: np.pad(feeds[name], [(0, missing if i == axis else 0) for i in range(len(shape))])
+        for name, shape, axis, missing in _short(feeds, signature)
+    }
+    return {**feeds, **short}
+
+
+def compiled_rank_tensors(feeds: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+    """The same of torch tensors."""
+    from torch.nn.functional import pad
+
+    short = {}
+    for name, shape, axis, missing in _short(feeds, signature):
+        behind = [0, 0] * (len(shape) - axis - 1)  # pad counts from the last axis
+        short[name] = pad(feeds[name], [*behind, 0, missing])
+    return {**feeds, **short}
+
+
+def _short(
+    feeds: Mapping[str, Any], signature: Signature
+) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+    """Name, shape and rank's axis of what has too small a rank, and how much is missing."""
     for spec in signature.inputs:
         if _RANK in spec.axes:
-            axis, array = spec.axes.index(_RANK), feeds[spec.name]
-            if (missing := LEAST_COMPILED_RANK - array.shape[axis]) > 0:
-                width = [(0, missing if i == axis else 0) for i in range(array.ndim)]
-                found[spec.name] = np.pad(array, width)
-    return found
+            shape, axis = tuple(feeds[spec.name].shape), spec.axes.index(_RANK)
+            if (missing := LEAST_COMPILED_RANK - shape[axis]) > 0:
+                yield spec.name, shape, axis, missing

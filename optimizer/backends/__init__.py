@@ -88,6 +88,8 @@ class Backend:
     """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
     forms: frozenset[Form] = frozenset({"lora", "control", "tiles"})
     """What it builds further graphs of a component for, over the same weights (optimizer.forms)."""
+    whole_forms: bool = False
+    """Whether a form's file holds the weights once more."""
     compiler: bool = False
     """Whether it needs a C++ compiler where it builds."""
     runs: Runs = field(kw_only=True)
@@ -97,7 +99,7 @@ _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
 _WITHOUT_TILES: frozenset[Form] = frozenset({"lora", "control"})
-"""Four more packages for a VAE would take minutes to compile."""
+"""Four more packages for a VAE would take minutes to compile; on cards its tiles are blended."""
 _CUDA_13 = "580"
 """The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
 for."""
@@ -151,7 +153,8 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=frozenset(),
+            forms=_WITHOUT_TILES,
+            whole_forms=True,
             runs=Runs(
                 "exact",  # engines don't survive a release (FACTS.md)
                 only=(("Linux", "Windows"), ("x86_64",)),  # the support matrix; portable over both
@@ -174,7 +177,8 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=frozenset(),
+            forms=_WITHOUT_TILES,
+            whole_forms=True,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -188,7 +192,7 @@ BACKENDS: dict[str, Backend] = {
             zero_points=False,
             int4_axes=frozenset({2}),
             factors=False,
-            forms=frozenset(),
+            forms=_WITHOUT_TILES,
             runs=Runs("minimum", driver=_CUDA_13),
         ),
         Backend(
@@ -271,9 +275,6 @@ class Built:
 
     files: dict[str, str]
     properties: dict[str, str | int | float | bool]
-    proof: dict[str, str] | None = None
-    """Files of an ONNX Runtime engine of the same graph (`graph`, `weights`), on which its numbers
-    are proved where the engine itself can't run."""
     low_bit_layers: int | None = None
     """How many linears and convolutions the builder says will run in 8 bits or fewer; None where
     the open engine is asked, or nobody knows."""
@@ -289,6 +290,13 @@ class Builder(Protocol):
         """The form `name` of the engine that `build` made in `out` from the same `source`.
 
         Only of backends that have `forms`.
+        """
+
+    def prove(self, source: Path, out: Path, how: How, name: str = "") -> dict[str, str]:
+        """Write files of an ONNX Runtime engine (`graph`, `weights`) of the same graph as the
+        engine's, or its form's, on which its numbers are proved where it can't run itself.
+
+        Only of backends that build for cards that aren't there.
         """
 
     def low_bit_layers(self, engine: Any) -> int | None:

@@ -8,12 +8,13 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer.backends import Built, How
+from optimizer.forms import form_graph, share_tensors
 from optimizer.narrow import narrow
-from optimizer.onnx_files import read_stored
+from optimizer.onnx_files import read_graph, read_stored
 from optimizer.progress import Progress
 from runners.engines.onnxruntime import ACCURACY
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["build", "build_form", "low_bit_layers"]
 
 _GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
 
@@ -24,8 +25,23 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:  # no
     narrow(model, how.dtype)
     ir.save(model, out / _GRAPH, external_data=_WEIGHTS)
     (out / _WEIGHTS).touch()
+    return _built(_GRAPH)
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write NAME.onnx into `out`, over the plain engine's tensors."""
+    model = read_stored(source / form_graph(name))
+    narrow(model, how.dtype)
+    plain = read_graph(out / _GRAPH)
+    ir.external_data.set_base_dir(plain.graph, out)
+    share_tensors(model, plain, out / _WEIGHTS)
+    ir.save(model, out / f"{name}.onnx")
+    return _built(f"{name}.onnx")
+
+
+def _built(graph: str) -> Built:
     return Built(
-        files={"graph": _GRAPH, "weights": _WEIGHTS},
+        files={"graph": graph, "weights": _WEIGHTS},
         properties={"weights_location": _WEIGHTS, ACCURACY: "1"},
     )
 

@@ -1,8 +1,11 @@
 """ONNX -> an engine of TensorRT-RTX or TensorRT, for cards that needn't be in this machine.
 
 The graph is narrowed first, with every type written out, and nothing is left to the builder's own
-choice of precision. What goes in is kept beside the engine as its proof: on a machine without a
-card, ONNX Runtime runs it in the engine's place when it is checked.
+choice of precision. On a machine without a card, ONNX Runtime runs the graph that went in, in the
+engine's place, when it is checked (`prove`).
+
+A form (optimizer.forms) is an engine of its own, whose weights are in its file once more: sharing
+them takes a refit, for which TensorRT-RTX wants a card where it builds.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
@@ -17,6 +21,7 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from optimizer.backends import Built, How
+from optimizer.forms import form_graph, prepared_forms
 from optimizer.graph import fold_fp4
 from optimizer.narrow import narrow
 from optimizer.onnx_files import read_stored
@@ -24,38 +29,47 @@ from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.tensorrt import LIBRARIES, card_capability, import_library
 from runners.engines.tensorrt_plan import HEADER_BYTES, read_header
+from runners.lora_inputs import LEAST_COMPILED_RANK
 from runners.signature import Dim, TensorSpec
 
-__all__ = ["build", "low_bit_layers"]
+__all__ = ["build", "build_form", "low_bit_layers", "prove"]
 
-_ENGINE = "engine.plan"
+_GRAPH = "model.onnx"
 _LOW = {"Int8", "Int4", "FP8", "FP4"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _SHOWN = 5
 
 
 def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
-    """Write engine.plan, exactly the builder's bytes, and the graph that it was built from.
+    """Write engine.plan, exactly the builder's bytes.
 
     Raises BuildError with the library's own words.
     """
-    proof = _write_provable(source, how, out / "proof.onnx")
+    return _build(source / _GRAPH, out / "engine.plan", how, progress)
+
+
+def build_form(source: Path, out: Path, how: How, name: str) -> Built:
+    """Write NAME.plan; raises as `build`."""
+    how = replace(how, signature=prepared_forms(source)[name])
+    return _build(source / form_graph(name), out / f"{name}.plan", how, None)
+
+
+def _build(source: Path, out: Path, how: How, progress: Progress | None) -> Built:
     log = _Log()
-    with TemporaryDirectory(dir=out) as private:
+    with TemporaryDirectory(dir=out.parent) as private:
         graph = Path(private) / "narrow.onnx"
         products = _write_narrow(source, how, graph)
         gc.collect()  # graphs are full of cycles, and would keep the exported file mapped
-        _build_plan(graph, how, log, progress, out / _ENGINE)
-    _check_header(out / _ENGINE, how)
+        _build_plan(graph, how, log, progress, out)
+    _check_header(out, how)
     return Built(
-        files={"engine": _ENGINE},
+        files={"engine": out.name},
         properties={
             "library": LIBRARIES[how.backend].module,
             "version": str(import_library(how.backend).__version__),
             "capabilities": ",".join(how.capabilities or _own_card(how)),
             "weight_streaming": how.weight_streaming,
         },
-        proof=proof,
         low_bit_layers=_seen_low_bits(log.lines, products),
     )
 
@@ -72,22 +86,25 @@ def low_bit_layers(engine: Any) -> int | None:  # noqa: ARG001
 
 def _write_narrow(source: Path, how: How, path: Path) -> dict[str, bool]:
     """What the library gets; the products of quantized weights, as `_quantized_products` says."""
-    model = read_stored(source / "model.onnx")
+    model = read_stored(source)
     products = _quantized_products(model.graph)
     narrow(model, how.dtype)
     ir.save(model, path, external_data=f"{path.name}.data")
     return products
 
 
-def _write_provable(source: Path, how: How, path: Path) -> dict[str, str]:
-    """The same graph as far as ONNX Runtime has kernels on a processor: in fp16 where that is asked
-    for, but bf16 as fp32, and e2m1 weights as what they stand for.
+def prove(source: Path, out: Path, how: How, name: str = "") -> dict[str, str]:
+    """Write the graph that the engine, or its form `name`, is built from, as far as ONNX Runtime
+    has kernels on a processor: in fp16 where that is asked for, but bf16 as fp32, and e2m1 weights
+    as what they stand for.
     """
-    model = read_stored(source / "model.onnx")
+    model = read_stored(source / (form_graph(name) if name else _GRAPH))
     fold_fp4(model)
     if how.dtype == "fp16":
         narrow(model, "fp16")
+    path = out / "proof.onnx"
     data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
     ir.save(model, path, external_data=data.name)
     data.touch()
     return {"graph": path.name, "weights": data.name}
@@ -125,7 +142,7 @@ class _Log:
         return "\n".join([*self.lines[-200:], *self.errors])
 
 
-def _build_plan(graph: Path, how: How, log: _Log, progress: Progress, out: Path) -> None:
+def _build_plan(graph: Path, how: How, log: _Log, progress: Progress | None, out: Path) -> None:
     """Read the graph, build, and write the engine to `out` as it comes: a copy of it in memory
     would be the peak.
     """
@@ -140,7 +157,8 @@ def _build_plan(graph: Path, how: How, log: _Log, progress: Progress, out: Path)
         raise BuildError(f"{how.backend} can't read the exported graph: {first}.", log=log.text())
     _let_attention_decompose(trt, network)
     config = _configured(trt, builder, how)
-    config.progress_monitor = _monitor(trt, progress)
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
     with out.open("wb") as stream:
         writer = _writer(trt, stream)
         if not builder.build_serialized_network_to_stream(network, config, writer):
@@ -245,7 +263,7 @@ def _profiles(how: How) -> Iterator[Shapes]:
     """
     signature = how.signature
     if LIBRARIES[how.backend].tunes_for_best:
-        best = {dim.name: dim.opt for dim in signature.dims}
+        best = {dim.name: _limits(dim)[1] for dim in signature.dims}
         yield {spec.name: (_shape(spec, best),) * 3 for spec in signature.inputs}
     limits = [{d.name: _limits(d)[i] for d in signature.dims} for i in range(3)]
     yield {
@@ -254,7 +272,12 @@ def _profiles(how: How) -> Iterator[Shapes]:
     }
 
 
+_COMMON_RANK = 32
+
+
 def _limits(dim: Dim) -> tuple[int, int, int]:
+    if dim.free:  # each LoRA matrix's own
+        return LEAST_COMPILED_RANK, _COMMON_RANK, dim.max
     return dim.nearest(dim.min), dim.nearest(dim.opt), dim.nearest(dim.max)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from profiles.errors import DeviceMismatch, MissingError
 from runners.engines.base import DeviceEngine, Properties
 from runners.engines.onnxruntime import open_session
+from runners.lora_inputs import compiled_rank_tensors
 from runners.signature import Signature
 
 __all__ = ["PROVIDER", "Bound", "OnnxRuntimeCudaEngine"]
@@ -104,6 +105,7 @@ class OnnxRuntimeCudaEngine(DeviceEngine):
         self._recordings = 0
 
     def _run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = compiled_rank_tensors(feeds, self.signature)
         key = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         if key not in self._bound:
             while len(self._bound) >= _KEPT:

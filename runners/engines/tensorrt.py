@@ -30,6 +30,7 @@ from profiles.errors import (
 from profiles.target import sm
 from runners.engines.base import Array, DeviceEngine, Properties
 from runners.engines.tensorrt_plan import read_header
+from runners.lora_inputs import compiled_rank_tensors
 
 __all__ = ["LIBRARIES", "Library", "TensorRtEngine", "card_capability", "import_library"]
 
@@ -226,6 +227,7 @@ class TensorRtEngine(DeviceEngine):
             self._made(None, "refit")
 
     def _run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = compiled_rank_tensors(feeds, self.signature)
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         caller = torch.cuda.current_stream()
         with torch.cuda.stream(self._stream):

@@ -15,7 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from optimizer.forms import neutral_feeds, prepared_forms, save_form, share_tensors
 from optimizer.lora_graph import Factors, add_low_rank
 from optimizer.onnx_files import read_graph
-from runners.lora_inputs import Target, lora_targets, with_lora
+from runners.lora_inputs import (
+    Target,
+    compiled_rank_tensors,
+    compiled_ranks,
+    lora_targets,
+    with_lora,
+)
 from runners.signature import Dim, Signature, TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -139,6 +145,27 @@ def test_ranks_are_free_and_other_dims_are_not() -> None:
     assert signature.check(feeds) == {"batch": 2}
     with pytest.raises(ValueError, match="needs 1 <= min"):
         Dim(name="batch", min=0, opt=1, max=4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_ranks_that_compiled_code_does_not_take_get_zeros(rank: int) -> None:
+    import torch
+
+    signature = with_lora(SIGNATURE, {"a": Target(6, 5), "c": Target(5, 7, (3, 3))})
+    feeds = {"x": drawn(2, 6), "a.lora_A": drawn(6, rank), "a.lora_B": drawn(rank, 5)}
+    feeds |= {"c.lora_A": drawn(5, rank, 3, 3), "c.lora_B": drawn(rank, 7)}
+    found = compiled_ranks(feeds, signature)
+    assert found["a.lora_A"].shape == (6, max(rank, 2))
+    assert found["c.lora_A"].shape == (5, max(rank, 2), 3, 3)
+    for name in ("a", "c"):
+        down, up = found[f"{name}.lora_A"], found[f"{name}.lora_B"]
+        assert np.array_equal(down[:, :rank], feeds[f"{name}.lora_A"])
+        assert np.array_equal(up[:rank], feeds[f"{name}.lora_B"])
+        assert not down[:, rank:].any()
+        assert not up[rank:].any()
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    for name, tensor in compiled_rank_tensors(tensors, signature).items():
+        assert np.array_equal(tensor.numpy(), found[name])
 
 
 def test_a_form_is_over_the_plain_graphs_weights(tmp_path: Path) -> None:

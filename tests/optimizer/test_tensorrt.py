@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from profiles.errors import BuildError
 from runners.bundle import open_bundle, read_manifest
 from runners.engines.tensorrt_plan import read_header
 from tests.conftest import SETTINGS
+from tests.tiny_pipelines import tiny_controlnet
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -118,8 +120,7 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
             **given,
         )
         built = builder.build(tmp_path / "source", out, how, progress)
-        kept = {*built.files.values(), *(built.proof or {}).values()}
-        assert {path.name for path in out.iterdir()} == kept
+        assert {path.name for path in out.iterdir()} == set(built.files.values())
         return (out / "engine.plan").read_bytes()
 
     return run
@@ -151,6 +152,71 @@ def test_bf16_streamed_weights_and_portable_engines_build(
         assert {"8.0", "8.6", "8.9", "12.0"} <= set(header.capabilities)
     else:
         assert header.capabilities == ("8.6",)
+
+
+def test_a_form_takes_low_rank_matrices_beside_a_convolution(tmp_path: Path) -> None:
+    """Of ranks from 2 on, in an engine of its own; what it computes, the proof's graph does."""
+    import numpy as np
+    import onnx_ir as ir
+    import onnxruntime
+    import torch
+
+    from optimizer.backends import tensorrt as builder
+    from optimizer.forms import save_form
+    from optimizer.lora_graph import add_low_rank
+    from optimizer.onnx_files import read_graph
+    from runners.lora_inputs import Target, with_lora
+    from runners.signature import Dim, Signature, TensorSpec
+    from tests.optimizer.test_lora_graph import KERNEL, convolution_graph, drawn
+
+    sides = (Dim(name="height", min=8, opt=8, max=16), Dim(name="width", min=8, opt=8, max=16))
+    plain = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", axes=("batch", 5, "height", "width")),),
+        outputs=(TensorSpec(name="y", dtype="float32", axes=("batch", 7, "height", "width")),),
+        dims=(Dim(name="batch", min=1, opt=2, max=4), *sides),
+    )
+    (tmp_path / "out").mkdir()
+    whole = ir.from_proto(convolution_graph(1))
+    ir.save(whole, tmp_path / "model.onnx", external_data="model.onnx.data")
+    (tmp_path / "model.onnx.data").touch()
+    model = read_graph(tmp_path / "model.onnx")
+    targets = add_low_rank(model, {"c": Target(5, 7, (3, 3))}, {})
+    save_form("lora", with_lora(plain, targets), tmp_path, model)
+    how = How("tensorrt-rtx", "fp16", "denoiser", "unet", plain, capabilities=("8.6",))
+
+    built = builder.build_form(tmp_path, tmp_path / "out", how, "lora")
+    assert built.files == {"engine": "lora.plan"}
+    header = read_header((tmp_path / "out" / "lora.plan").read_bytes())
+    assert header is not None
+    assert header.capabilities == ("8.6",)
+    (ranges,) = builder._profiles(replace(how, signature=with_lora(plain, targets)))
+    assert [shape[1] for shape in ranges["c.lora_A"]] == [2, 32, 4096]
+
+    proof = builder.prove(tmp_path, tmp_path, how, "lora")
+    session = onnxruntime.InferenceSession(tmp_path / proof["graph"])
+    x, down, up = drawn(2, 5, 8, 11), drawn(5, 3, 3, 3), drawn(3, 7)
+    (found,) = session.run(["y"], {"x": x, "c.lora_A": down, "c.lora_B": up})
+    kernel = torch.from_numpy(KERNEL + np.einsum("irhw,ro->oihw", down, up))
+    wanted = torch.nn.functional.conv2d(torch.from_numpy(x), kernel, padding=1).numpy()
+    assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()  # fp16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_engines_that_take_loras_and_control_networks_build(
+    bundle: MakeBundle, tiny_model: Path, tmp_path: Path, quant: str
+) -> None:
+    """Their graphs were compared with fp32, the controlled one on recorded residuals."""
+    network = tiny_controlnet(tmp_path / "network", tiny_model)
+    made = bundle("tensorrt-rtx", quant, "fp16", CARDS, controlnets=(network,), lora=True)
+    entry = open_bundle(made).manifest.component("denoiser")
+    assert set(entry.forms) == {"lora", "control", "control+lora"}
+    names = [form.files["engine"] for form in (entry, *entry.forms.values())]
+    assert len(set(names)) == 4
+    for name in names:
+        header = read_header((made / name).read_bytes())
+        assert header is not None
+        assert header.capabilities == ("8.6", "8.9", "12.0")
 
 
 def test_what_the_library_cannot_read_is_said_in_its_own_words(

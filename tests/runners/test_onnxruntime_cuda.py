@@ -13,12 +13,16 @@ import torch
 from torch import nn
 
 from optimizer.backends import How
-from optimizer.backends.onnxruntime_cuda import build
+from optimizer.backends.onnxruntime_cuda import build, build_form
 from optimizer.export import export_onnx
+from optimizer.forms import save_form
+from optimizer.lora_graph import add_low_rank
+from optimizer.onnx_files import read_graph
 from profiles.errors import DeviceMismatch, MissingError
 from profiles.libraries import version_of
 from runners.engines.onnxruntime import open_session
 from runners.engines.onnxruntime_cuda import PROVIDER, Bound, OnnxRuntimeCudaEngine
+from runners.lora_inputs import Target, with_lora
 from runners.signature import Dim, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -68,6 +72,30 @@ def test_bound_tensors_are_read_and_written_where_they_lie(
             with torch.no_grad():
                 torch.testing.assert_close(found, module(x)[0], rtol=1e-2, atol=5e-3)
             assert found.data_ptr() != bound.outputs["y"].data_ptr()
+
+
+def test_a_form_takes_low_rank_inputs_over_the_same_weights(tmp_path: Path) -> None:
+    module, out = _Tuple().eval(), tmp_path / "out"
+    out.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own code
+        export_onnx(module, [torch.randn(3, 5, 32)], SIGNATURE, tmp_path / "model.onnx")
+    how = How("onnxruntime-cuda", "fp16", "denoiser", "unet", SIGNATURE)
+    build(tmp_path, out, how, lambda _done, _total: None)
+    weights = (out / "model.onnx.data").read_bytes()
+    model = read_graph(tmp_path / "model.onnx")
+    signature = with_lora(SIGNATURE, add_low_rank(model, {"layer": Target(32, 16)}, {}))
+    save_form("lora", signature, tmp_path, model)
+    made = build_form(tmp_path, out, how, "lora")
+    files = {role: (out / name).read_bytes() for role, name in made.files.items()}
+    assert files["weights"] == weights
+    x, down, up = torch.randn(2, 8, 32), 0.1 * torch.randn(32, 3), 0.1 * torch.randn(3, 16)
+    feeds = {"x": x, "layer.lora_A": down, "layer.lora_B": up}
+    session = open_session(files, made.properties, threads=1)
+    found = Bound(session, signature, feeds, "cpu").run(feeds)["y"]
+    with torch.no_grad():
+        wanted = torch.nn.functional.silu(module.layer(x) + x @ down @ up)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=5e-3)
 
 
 def test_its_weights_are_in_16_bits(built: tuple[nn.Module, dict[str, bytes], Any]) -> None:

@@ -17,7 +17,7 @@ from runners.bundle import read_manifest
 
 Kiln = Callable[..., Any]
 Analysis = tuple[Path, dict[str, Any]]
-FAST = ("--steps", "2", "--backend", "openvino", "--dtype", "fp32")
+FAST = ("--steps", "2", "--backend", "openvino", "--dtype", "fp32", "--no-lora", "--no-tiles")
 
 
 @pytest.fixture(scope="module")

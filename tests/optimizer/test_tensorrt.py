@@ -29,7 +29,9 @@ CARDS = "sm86,sm89,sm120"
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quant", ["int8", *(pytest.param(quant, marks=pytest.mark.slow) for quant in ("none", "int4"))]
+)
 def test_every_component_builds_for_three_architectures_at_once(
     bundle: MakeBundle, quant: str
 ) -> None:
@@ -77,6 +79,7 @@ def test_each_layer_that_rounds_its_inputs_is_seen_on_an_8_bit_kernel(bundle: Ma
     assert 0.8 * entry.layers_quantized < entry.layers_low_bit <= entry.layers_quantized
 
 
+@pytest.mark.slow
 def test_weights_of_few_bits_shrink_the_engine(bundle: MakeBundle) -> None:
     """Kernels weigh four times as much as this model's weights; the benchmark has a full size."""
     none, few = (
@@ -94,7 +97,7 @@ def build(bundle: MakeBundle, tmp_path: Path) -> Build:
     """`build(folder, **how)`: the tiny VAE decoder's engine, of the graph in `tmp_path`/source."""
     from optimizer.backends import tensorrt as builder
 
-    made = bundle("tensorrt-rtx", "none", "fp16", CARDS)
+    made = bundle("tensorrt-rtx", "int8", "fp16", CARDS)
     entry = read_manifest(made).component("vae_decoder")
     latent = entry.signature.inputs[0]
     for path in sorted(Path(os.environ["KILN_CACHE"]).glob("v2/prepared/*/model.onnx")):

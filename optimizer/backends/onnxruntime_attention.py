@@ -51,12 +51,20 @@ def _split_into(value: ir.Value) -> int | None:
     split = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
     reshape = None if split is None else split.producer()
     shape = reshape.inputs[1] if reshape is not None and reshape.op_type == "Reshape" else None
-    joined = None if shape is None else shape.producer()
-    if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 4:
-        return None
-    constant = joined.inputs[2] and joined.inputs[2].const_value
-    found = -1 if constant is None else int(constant.numpy().item())
+    found = -1 if shape is None else _element(shape, 2)
     return found if found > 0 else None
+
+
+def _element(shape: ir.Value, index: int) -> int:
+    """Of a shape of four numbers, a constant or joined from constants and others; else -1."""
+    joined = shape.producer()
+    if shape.const_value is not None and shape.const_value.size == 4:
+        return int(shape.const_value.numpy()[index])
+    if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 4:
+        return -1
+    part = joined.inputs[index]
+    constant = None if part is None else part.const_value
+    return -1 if constant is None else int(constant.numpy().item())
 
 
 def _axis(value: ir.Value, axis: int) -> int | None:

@@ -74,15 +74,18 @@ def test_what_the_kernel_cannot_do_stays(changed: dict[str, Any]) -> None:
     assert [node.op_type for node in found.graph] == ["Attention"]
 
 
-def unshaped() -> ir.Model:
-    """As a VAE is exported: heads are split off by a Reshape, and no shape in between is noted."""
+def unshaped(*, one: bool) -> ir.Model:
+    """As a VAE is exported: heads are split off by a Reshape, and no shape in between is noted; of
+    `one` picture at once, to a constant shape.
+    """
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "places", HEADS * SIZE])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", HEADS, "places", SIZE])
     sizes = {"batch": 1, "rest": -1, "heads": HEADS, "size": SIZE}
     numbers = [helper.make_tensor(n, TensorProto.INT64, [1], [size]) for n, size in sizes.items()]
+    numbers.append(helper.make_tensor("whole", TensorProto.INT64, [4], list(sizes.values())))
     nodes = [
-        helper.make_node("Concat", list(sizes), ["shape"], axis=0),
-        helper.make_node("Reshape", ["x", "shape"], ["split"]),
+        helper.make_node("Concat", list(sizes), ["joined"], axis=0),
+        helper.make_node("Reshape", ["x", "whole" if one else "joined"], ["split"]),
         helper.make_node("Transpose", ["split"], ["turned"], perm=[0, 2, 1, 3]),
         helper.make_node("Attention", ["turned"] * 3, ["y"]),
     ]
@@ -91,10 +94,11 @@ def unshaped() -> ir.Model:
     return ir.from_proto(made)
 
 
-def test_heads_are_read_of_what_splits_them_off() -> None:
+@pytest.mark.parametrize("one", [False, True])
+def test_heads_are_read_of_what_splits_them_off(one: bool) -> None:
     given = {"x": np.random.default_rng(0).standard_normal((1, 50, HEADS * SIZE), np.float32)}
-    [wanted] = session(unshaped()).run(None, given)
-    blocks = unshaped()
+    [wanted] = session(unshaped(one=one)).run(None, given)
+    blocks = unshaped(one=one)
     assert use_blocks(blocks) == 1
     [found] = session(blocks).run(None, given)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6)

@@ -152,7 +152,7 @@ class LoraAdapters:
 
     def _placed(self, part: str, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """The feeds where the component's engine reads them, so that no step copies them."""
-        used = self._pipeline.kiln.manifest.component(part).backend
+        used = self._pipeline.kiln.manifest.named(part).backend
         if not issubclass(engine_class(used), DeviceEngine):
             return feeds
         return {name: tensor.to("cuda") for name, tensor in feeds.items()}

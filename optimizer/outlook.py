@@ -151,12 +151,13 @@ def _part(outline: Outline, level: str, backend: Backend, dtype: str) -> PartMem
 
 def predicted_part(plan: Plan, job: Job, engine_bytes: int) -> PartMemory:
     """Of an engine that couldn't run where it was built: its files' bytes, and the formulas'
-    activations.
+    activations; a control network, half of a denoiser, has the denoiser's.
     """
     configs = {
         spec.folder: plan.source.component_config(spec.folder) for spec in plan.family.components
     }
-    live = plan.family.outlines(configs)[job.spec.name].live
+    counted = plan.denoiser if job.spec.role == "controlnet" else job
+    live = plan.family.outlines(configs)[counted.spec.name].live
     scaled: dict[Feature, float] = {n: value * job.float_bytes for n, value in live.items()}
     return PartMemory(
         held_bytes=0, resident_bytes=engine_bytes, stays=scaled, peak=scaled, source="formula"

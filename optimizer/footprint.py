@@ -66,9 +66,10 @@ def measured(
     shapes: Sequence[Mapping[str, int]],
 ) -> PartMemory:
     """The same of any engine in `folder`, at shapes that are given as sizes of its dims."""
-    buffers = {role: _buffer(folder / name) for role, name in built.files.items()}
     seen = []
     for sizes in shapes:
+        # anew for each: what an engine read of a mapped file would be there for the next one
+        buffers = {role: _buffer(folder / name) for role, name in built.files.items()}
         arrays = resized(inputs, signature, sizes)
         feeds = {spec.name: x for spec, x in zip(signature.inputs, arrays, strict=True)}
         gauge.trim()
@@ -83,6 +84,7 @@ def measured(
         with engine:
             engine(feeds)
             stays, peak = gauge.resident_bytes(), gauge.peak_bytes()
+        del engine, buffers
         seen.append(Seen(_shape(sizes), max(0, stays - before), max(0, peak - before)))
     return fitted(seen, per_shape=engine_class(backend).compiles_shapes)
 

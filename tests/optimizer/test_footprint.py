@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import pytest
 
-from optimizer.footprint import Seen, fitted
+from optimizer.backends import Built
+from optimizer.footprint import Seen, fitted, measured
 from optimizer.memory_entries import part_memory, per_pixel, places_per_pixel
 from runners import gauge
 from runners.files import MAPPED_FROM
 from runners.memory import Shape
-from runners.signature import Dim, Signature
+from runners.signature import Dim, Signature, TensorSpec
 
 MIB = 1 << 20
 SHAPES = [Shape(1, 64, 0), Shape(1, 256, 0), Shape(2, 1024, 0), Shape(1, 4096, 0)]
@@ -89,10 +92,46 @@ def test_small_files_are_held_and_large_ones_are_not(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(MAPPED_FROM)
     signature = Signature(inputs=(), outputs=(), dims=())
-    measured = fitted([Seen(Shape(1, 0, 0), 1, 1)]).model_dump(mode="json")
-    part = part_memory(measured, tmp_path, signature, side_min=8)
+    found = fitted([Seen(Shape(1, 0, 0), 1, 1)]).model_dump(mode="json")
+    part = part_memory(found, tmp_path, signature, side_min=8)
     assert part is not None
     assert part.held_bytes == 1000
+
+
+class _Reads:
+    """An engine that reads its whole file, and holds 20 kB a place while it is open."""
+
+    compiles_shapes = False
+
+    def __init__(self, files: Any, **_given: object) -> None:
+        self.files = files
+
+    def __enter__(self) -> Self:
+        self.found = sum(self.files["weights"][::4096])
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        del self.held
+
+    def __call__(self, feeds: dict[str, Any]) -> None:
+        self.held = bytearray(b"x" * (20_000 * feeds["x"].size))
+
+
+def test_a_mapped_file_counts_at_every_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(b"w" * (MAPPED_FROM + MIB))
+    sides = (Dim(name="height", min=8, opt=8, max=64), Dim(name="width", min=8, opt=8, max=64))
+    spec = TensorSpec(name="x", dtype="float32", axes=("batch", "height", "width"))
+    signature = Signature(
+        inputs=(spec,), outputs=(), dims=(Dim(name="batch", min=1, opt=1, max=1), *sides)
+    )
+    monkeypatch.setattr("optimizer.footprint.engine_class", lambda _name: _Reads)
+    shapes = [{"batch": 1, "height": side, "width": side} for side in (8, 32, 64)]
+    x = np.zeros((1, 8, 8), np.float32)
+    part = measured("", Built({"weights": "weights"}, {}), signature, tmp_path, [x], shapes)
+    assert part.stays["pixels"] == pytest.approx(20_000, rel=0.1)
+    assert part.resident_bytes == pytest.approx(MAPPED_FROM, rel=0.2)
 
 
 def test_the_gauge_sees_what_is_taken_and_given_back() -> None:

@@ -16,9 +16,10 @@ import psutil
 from optimizer.backends import backend
 from optimizer.component_source import ComponentSource
 from optimizer.digests import file_digests, sha256_file
+from optimizer.job import Job
 from optimizer.memory_entries import PEAK_NAME, calibrated, form_memory, part_memory
 from optimizer.outlook import predicted_base, predicted_part
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.requiring import native_of, requires_of
 from optimizer.source import ModelSource
 from optimizer.tools import EXPORT, kiln_version, versions

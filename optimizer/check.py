@@ -16,8 +16,8 @@ from optimizer.backends import Built, backend, builder
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.footprint import measure
 from optimizer.forms import neutral_feeds, prepared_forms
+from optimizer.job import Job
 from optimizer.numerics import worst_sqnr_db
-from optimizer.plan import Job
 from optimizer.progress import Progress, Steps
 from optimizer.tile_check import built_parts
 from profiles.errors import BuildError, ParityError
@@ -26,7 +26,7 @@ from runners.engines.base import Engine
 from runners.part_names import PARTS, TILE
 from runners.signature import Signature
 
-__all__ = ["build_and_check", "engine_db", "limit_db", "opened_proof"]
+__all__ = ["build_and_check", "engine_db", "limit_db", "opened", "opened_proof"]
 
 _DTYPE_DB = {"fp32": 80.0, "fp16": 40.0, "bf16": 28.0}
 """What computing in a type may lose by itself. fp32: 2e-6 relative (-114 dB) was seen, a wrong
@@ -64,7 +64,7 @@ def build_and_check(
     steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
     ran = engine_class(job.backend).usable_here(built.properties)
-    engine = _opened(job, built, out) if ran else opened_proof(job, prepared, out)
+    engine = opened(job, built, out) if ran else opened_proof(job, prepared, out)
     start = time.monotonic()
     with engine:
         engine(next(iter(calls.values())).feeds(job.signature))
@@ -121,7 +121,8 @@ _SELFTEST = "selftest.safetensors"
 """Calls that the engine is judged on where it is installed, or first runs."""
 
 
-def _opened(job: Job, built: Built, out: Path, signature: Signature | None = None) -> Engine:
+def opened(job: Job, built: Built, out: Path, signature: Signature | None = None) -> Engine:
+    """The engine in `out`, or a form of it with a `signature` of its own; not yet open."""
     return engine_class(job.backend)(
         {role: bytearray((out / name).read_bytes()) for role, name in built.files.items()},
         signature=signature or job.signature,
@@ -166,7 +167,7 @@ def _forms(
             continue
         built = builder(job.backend).build_form(prepared, out, job.how, name)
         with (
-            _opened(job, built, out, signature)
+            opened(job, built, out, signature)
             if ran
             else opened_proof(job, prepared, out, name, signature)
         ) as engine:

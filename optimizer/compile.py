@@ -19,8 +19,9 @@ from optimizer.backends import backend
 from optimizer.controlnet import with_controlnets
 from optimizer.deciding import decided, matching_sensitivity
 from optimizer.digests import digest
+from optimizer.job import Job
 from optimizer.known_models import remember, remember_bundle
-from optimizer.plan import Job, Plan, make_plan
+from optimizer.plan import Plan, make_plan
 from optimizer.quantize.sensitivity import SENSITIVITY_NAME, load_sensitivity
 from optimizer.quantize.solvers import SOLVERS
 from optimizer.recipe import Recipe

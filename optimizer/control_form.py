@@ -8,23 +8,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import psutil
 from torch import nn
 
+from optimizer.backends import Built
 from optimizer.calls import load_calls
-from optimizer.check import engine_db, limit_db, opened_proof
+from optimizer.check import engine_db, limit_db, opened, opened_proof
 from optimizer.configs import Config
 from optimizer.control_graph import add_residuals
 from optimizer.controlling import CONTROLLED_CALLS
 from optimizer.families.controls import controlled_signature
 from optimizer.forms import save_form
+from optimizer.job import Job
 from optimizer.lora_graph import add_low_rank, factors, targets
 from optimizer.numerics import EXACT_DB
 from optimizer.onnx_files import read_graph
-from optimizer.plan import Job
 from profiles.errors import ParityError
 from runners.control_tasks import CONTROL
-from runners.engines import engine_class
 from runners.lora_inputs import with_lora
 from runners.signature import Signature
 
@@ -76,15 +75,10 @@ def check_control(job: Job, prepared: Path, engine: Path, controlled: Path, out:
     form = built["forms"][CONTROL]
     signature = Signature.model_validate(form["signature"])
     if built["ran"]:
-        opened = engine_class(job.backend)(
-            {role: bytearray((engine / name).read_bytes()) for role, name in form["files"].items()},
-            signature=signature,
-            properties=form["properties"],
-            threads=psutil.cpu_count(logical=False) or 1,
-        )
+        judged = opened(job, Built(form["files"], form["properties"]), engine, signature)
     else:
-        opened = opened_proof(job, prepared, out, CONTROL, signature)
-    with opened as live:
+        judged = opened_proof(job, prepared, out, CONTROL, signature)
+    with judged as live:
         found = engine_db(live, load_calls(controlled / CONTROLLED_CALLS).values())
     oracle = built["oracle_sqnr_db"]
     limit = limit_db(oracle if oracle == EXACT_DB else oracle - _UNCALIBRATED_DB, job.dtype)

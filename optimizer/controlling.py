@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from optimizer.calls import Array, Call, load_calls, save_calls
+from optimizer.job import Job
 from optimizer.load import load_module
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.progress import Progress, Steps
 from runners.control_tasks import CONTROL
 from runners.controls import ControlledUNet, ControlNet, cells_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizer.plan import Job, Plan, with_policy
+from optimizer.job import Job
+from optimizer.plan import Plan, with_policy
 from optimizer.quantize.budget import Costs, Goal, Solved, front, solve
 from optimizer.quantize.sensitivity import Sensitivity, load_sensitivity
 from optimizer.recipe import parse_budget

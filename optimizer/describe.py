@@ -10,8 +10,9 @@ from typing import Any
 from optimizer.backends import backend
 from optimizer.calls import unseen_sizes
 from optimizer.compile import CompileResult
+from optimizer.job import Job
 from optimizer.numerics import EXACT_DB
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.quantize.budget import Solved
 from optimizer.quantize.policy import LEVELS
 from optimizer.quantize.schemes import W4A16, W8A8, Nvfp4

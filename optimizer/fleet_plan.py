@@ -15,7 +15,8 @@ from typing import Any
 from optimizer.backends import BACKENDS, Backend, backend
 from optimizer.cover import smallest_cover
 from optimizer.digests import digest
-from optimizer.plan import Job, Plan, make_plan
+from optimizer.job import Job
+from optimizer.plan import Plan, make_plan
 from optimizer.recipe import Recipe
 from optimizer.requiring import requires_of
 from optimizer.source import ModelSource

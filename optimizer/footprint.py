@@ -17,7 +17,7 @@ import psutil
 
 from optimizer.backends import Built
 from optimizer.calls import Call, resized
-from optimizer.plan import Job
+from optimizer.job import Job
 from optimizer.sizes import LARGE
 from runners import gauge
 from runners.engines import engine_class

@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from optimizer.calls import load_calls
+from optimizer.job import Job
 from optimizer.load import load_module
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.prepare import run_module
 from runners.engines import engine_class
 from runners.modules import WRAPPERS

@@ -15,8 +15,9 @@ from optimizer.families import FAMILIES
 from optimizer.families import family as family_named
 from optimizer.families.base import Family
 from optimizer.families.outlines import Outline
+from optimizer.job import Job, default_solver
 from optimizer.layout import PIPELINE, family_of
-from optimizer.plan import Job, Plan, default_solver
+from optimizer.plan import Plan
 from optimizer.sizes import compile_bytes
 from optimizer.source import HUB_ID, resolve
 from optimizer.vae_config import completed, require_known, splits

@@ -22,10 +22,11 @@ from optimizer.calls import (
     unseen_sizes,
 )
 from optimizer.control_form import prepare_control
+from optimizer.job import Job
 from optimizer.load import load_module
 from optimizer.lora_form import prepare_lora
 from optimizer.numerics import EXACT_DB, worst_sqnr_db
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import planned_layers, quantized_layers
 from optimizer.record import load_statistics

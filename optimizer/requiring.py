@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optimizer.backends import Backend, backend
-from optimizer.plan import Job
+from optimizer.job import Job
 from profiles.hardware import BF16, INT8_DOT
 from runners.needs import release
 from runners.requires import LibraryNeed, Requires

@@ -15,8 +15,8 @@ from optimizer.backends import Built, builder
 from optimizer.calls import Call
 from optimizer.footprint import measured, sizes_at
 from optimizer.forms import prepared_forms
+from optimizer.job import Job
 from optimizer.numerics import worst_sqnr_db
-from optimizer.plan import Job
 from runners.engines import engine_class
 from runners.engines.base import Array, Engine
 from runners.part_names import PARTS, TILE, WHOLE

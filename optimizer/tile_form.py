@@ -10,8 +10,8 @@ from torch import nn
 
 from optimizer.families.parts import floats
 from optimizer.forms import save_form
+from optimizer.job import Job
 from optimizer.onnx_files import read_graph
-from optimizer.plan import Job
 from optimizer.tile_graph import cut_tile, cut_whole
 from runners.part_names import TILE, WHOLE
 from runners.signature import Dim, Signature

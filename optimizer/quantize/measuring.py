@@ -18,9 +18,10 @@ from torch import nn
 
 from optimizer.backends import backend
 from optimizer.calls import Call
+from optimizer.job import Job
 from optimizer.load import load_module
 from optimizer.numerics import Sqnr
-from optimizer.plan import Job, Plan
+from optimizer.plan import Plan
 from optimizer.progress import Progress, Steps
 from optimizer.quantize.apply import quantizable_layers, quantized_layer
 from optimizer.quantize.observe import LayerStatistics

@@ -104,6 +104,8 @@ def eager_module(
     insert_quantized(component, {name: _layer(name, form, state) for name, form in layers.items()})
     component.load_state_dict(state, strict=False, assign=True)
     for name, kept in tied.items():
+        if name in state:
+            continue
         owner, _, last = name.rpartition(".")
         component.get_submodule(owner).register_parameter(last, component.get_parameter(kept))
     missing = [name for name, tensor in component.state_dict().items() if tensor.is_meta]

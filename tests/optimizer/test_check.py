@@ -10,7 +10,7 @@ import pytest
 from optimizer.calls import Call, load_calls, save_calls
 from optimizer.check import build_and_check
 from optimizer.compile import plan_recipe
-from optimizer.plan import Job
+from optimizer.job import Job
 from optimizer.recipe import Recipe
 from profiles.errors import BuildError, ParityError
 

@@ -35,7 +35,7 @@ def test_one_cross_build_serves_all_cards_that_it_can_be_for() -> None:
     assert one.plan.recipe.target == "sm86,sm89,sm120"
     assert all(got is one for got in plan.machines.values())
     assert len(plan.machines) == 3
-    assert plan.bytes == sum(job.predicted_bytes for job in one.plan.jobs)
+    assert plan.bytes == sum(job.bundle_bytes for job in one.plan.jobs)
 
 
 def test_a_cross_build_can_be_made_where_there_is_no_card() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.calls import Call
+from optimizer.onnx_files import read_graph
 from runners.control_tasks import CONTROL
 from runners.engines.base import Array
 from runners.part_names import PARTS
@@ -25,6 +26,7 @@ __all__ = [
     "neutral_feeds",
     "prepared_forms",
     "save_form",
+    "save_over",
     "share_tensors",
 ]
 
@@ -76,6 +78,17 @@ def neutral_feeds(call: Call, plain: Signature, form: Signature) -> dict[str, Ar
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
             feeds[spec.name] = np.zeros(shape, spec.dtype)
     return feeds
+
+
+def save_over(model: ir.Model, out: Path, name: str, *, graph: str, weights: str) -> str:
+    """Write NAME.onnx into `out`, over the tensors of the plain engine's `graph` there, which are
+    in `weights`; what it is called.
+    """
+    plain = read_graph(out / graph)
+    ir.external_data.set_base_dir(plain.graph, out)
+    share_tensors(model, plain, out / weights)
+    ir.save(model, out / f"{name}.onnx")
+    return f"{name}.onnx"
 
 
 def share_tensors(model: ir.Model, plain: ir.Model, weights: Path) -> None:

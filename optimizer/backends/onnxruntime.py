@@ -10,8 +10,8 @@ import onnx_ir as ir
 from optimizer.backends import Built, How
 from optimizer.backends.onnxruntime_attention import use_blocks
 from optimizer.backends.onnxruntime_kernels import KERNELS, use_kernels
-from optimizer.forms import form_graph, share_tensors
-from optimizer.onnx_files import read_graph, read_stored
+from optimizer.forms import form_graph, save_over
+from optimizer.onnx_files import read_stored
 from optimizer.progress import Progress
 from runners.engines.onnxruntime import ACCURACY
 
@@ -36,11 +36,7 @@ def build_form(source: Path, out: Path, how: How, name: str) -> Built:  # noqa: 
     model = read_stored(source / form_graph(name))
     use_kernels(model)
     use_blocks(model)
-    plain = read_graph(out / _GRAPH)
-    ir.external_data.set_base_dir(plain.graph, out)
-    share_tensors(model, plain, out / _WEIGHTS)
-    ir.save(model, out / f"{name}.onnx")
-    return _built(f"{name}.onnx")
+    return _built(save_over(model, out, name, graph=_GRAPH, weights=_WEIGHTS))
 
 
 def _built(graph: str) -> Built:

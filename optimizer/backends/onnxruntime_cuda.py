@@ -8,9 +8,9 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer.backends import Built, How
-from optimizer.forms import form_graph, share_tensors
+from optimizer.forms import form_graph, save_over
 from optimizer.narrow import narrow
-from optimizer.onnx_files import read_graph, read_stored
+from optimizer.onnx_files import read_stored
 from optimizer.progress import Progress
 from runners.engines.onnxruntime import ACCURACY
 
@@ -32,11 +32,7 @@ def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     """Write NAME.onnx into `out`, over the plain engine's tensors."""
     model = read_stored(source / form_graph(name))
     narrow(model, how.dtype)
-    plain = read_graph(out / _GRAPH)
-    ir.external_data.set_base_dir(plain.graph, out)
-    share_tensors(model, plain, out / _WEIGHTS)
-    ir.save(model, out / f"{name}.onnx")
-    return _built(f"{name}.onnx")
+    return _built(save_over(model, out, name, graph=_GRAPH, weights=_WEIGHTS))
 
 
 def _built(graph: str) -> Built:

@@ -68,10 +68,12 @@ def prepared_forms(prepared: Path) -> dict[str, Signature]:
     return {name: Signature.model_validate(found) for name, found in document.items()}
 
 
-def neutral_feeds(call: Call, plain: Signature, form: Signature) -> dict[str, Array]:
-    """The call's inputs, and zeros for the further ones: free dims are 0, others the call's."""
+def neutral_feeds(
+    call: Call, plain: Signature, form: Signature, *, free: int = 0
+) -> dict[str, Array]:
+    """The call's inputs, and zeros for the further ones, whose free dims are of size `free`."""
     feeds = call.feeds(plain)
-    sizes = {**plain.check(feeds), **dict.fromkeys(form.free, 0)}
+    sizes = {**plain.check(feeds), **dict.fromkeys(form.free, free)}
     sizes = {dim.name: dim.following(sizes) for dim in form.dims}
     for spec in form.inputs:
         if spec.name not in feeds:

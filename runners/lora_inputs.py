@@ -21,6 +21,7 @@ __all__ = [
     "compiled_ranks",
     "lora_inputs",
     "lora_targets",
+    "wide_layers",
     "with_lora",
 ]
 
@@ -78,6 +79,16 @@ def lora_targets(signature: Signature) -> dict[str, Target]:
             kernel = tuple(side for side in down[2:] if isinstance(side, int))
             found[layer] = Target(int(down[0]), int(up[1]), kernel)
     return found
+
+
+def wide_layers(signature: Signature) -> frozenset[str]:
+    """The layers with kernels of more than one place.
+
+    Their outputs are the largest, and most LoRAs leave them alone: adding nothing to them takes
+    time, which engines spare that can.
+    """
+    targets = lora_targets(signature).items()
+    return frozenset(name for name, target in targets if max(target.kernel, default=1) > 1)
 
 
 def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:

@@ -10,6 +10,7 @@ import gzip
 import io
 import zlib
 from collections import Counter, OrderedDict
+from collections.abc import Set
 from typing import Any, final
 
 import numpy as np
@@ -17,6 +18,7 @@ import openvino as ov
 
 from profiles.errors import BundleError
 from runners.engines.base import Array, Engine
+from runners.lora_inputs import UP, wide_layers
 
 __all__ = ["OpenVinoEngine"]
 
@@ -46,6 +48,7 @@ class OpenVinoEngine(Engine):
             self._model = self._core.read_model(graph, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:
             raise BundleError(f"OpenVINO can't read the engine: {_first_line(error)}") from error
+        self._wide = wide_layers(self.signature)
         self._compiled: OrderedDict[tuple[Any, ...], ov.InferRequest] = OrderedDict()
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -57,11 +60,15 @@ class OpenVinoEngine(Engine):
         }
 
     def _shapes(self, feeds: dict[str, Array]) -> dict[str, tuple[int, ...]]:
-        """What is compiled for; -1 where a free dim is, which changes at no cost."""
+        """What is compiled for; -1 where a free dim is, which changes at no cost, and 0 where it
+        belongs to a part that is left out.
+        """
         free = self.signature.free
+        used = any(feeds[f"{layer}{UP}"].shape[0] for layer in self._wide)
+        idle = frozenset() if used else self._wide
         return {
             spec.name: tuple(
-                -1 if axis in free else size
+                (0 if spec.name.rpartition(".")[0] in idle else -1) if axis in free else size
                 for axis, size in zip(spec.axes, feeds[spec.name].shape, strict=True)
             )
             for spec in self.signature.inputs
@@ -77,8 +84,12 @@ class OpenVinoEngine(Engine):
         return self._compiled[key]
 
     def compile(self, shapes: dict[str, tuple[int, ...]]) -> ov.CompiledModel:
-        """Select kernels for these input shapes, with every property set and read back."""
+        """Select kernels for these input shapes, with every property set and read back.
+
+        Low-rank parts of rank 0 are left out.
+        """
         model = self._model.clone()
+        _leave_out(model, {name for name, shape in shapes.items() if 0 in shape})
         model.reshape({name: list(shape) for name, shape in shapes.items()})
         config = {
             **self.properties,
@@ -106,6 +117,34 @@ class OpenVinoEngine(Engine):
     def _close(self) -> None:
         self._compiled.clear()
         del self._model
+
+
+def _leave_out(model: ov.Model, inputs: Set[str]) -> None:
+    """Let layers whose low-rank part comes of these inputs give what they would without it."""
+    for parameter in model.get_parameters():
+        name = parameter.get_friendly_name()
+        if name in inputs and name.endswith(UP):
+            for added in _added(parameter):
+                node = added.get_node()
+                plain = node.input(1 - added.get_index()).get_source_output()
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(plain)
+
+
+def _added(parameter: ov.Node) -> list[ov.Input]:
+    """Where what comes of the parameter is added to something else."""
+    found: dict[str, ov.Input] = {}
+    waiting, seen = [parameter], set()
+    while waiting:
+        for reader in waiting.pop().output(0).get_target_inputs():
+            node = reader.get_node()
+            name = node.get_friendly_name()
+            if node.get_type_name() == "Add":
+                found[name] = reader
+            elif name not in seen:
+                seen.add(name)
+                waiting.append(node)
+    return list(found.values())
 
 
 def _readable(value: object) -> object:

@@ -188,6 +188,9 @@ def test_a_form_is_over_the_plain_graphs_weights(tmp_path: Path) -> None:
         "a.lora_A": (6, 0),
         "a.lora_B": (0, 5),
     }
+    one = neutral_feeds(Call((drawn(2, 6),), ()), SIGNATURE, signature, free=1)
+    assert one["a.lora_A"].shape == (6, 1)
+    assert not one["a.lora_B"].any()
 
     other = ir.from_proto(linear_graph(rounded=False))
     new = drawn(30, 30)

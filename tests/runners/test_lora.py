@@ -106,6 +106,30 @@ def test_engines_draw_what_diffusers_draws_and_forget_it(
     pipeline.kiln.close()
 
 
+def test_nothing_is_computed_beside_kernels_that_no_lora_changes(
+    bundle: MakeBundle,
+    loras: Path,
+    wanted: dict[str, np.ndarray[Any, Any]],
+    tiny_model: Path,
+) -> None:
+    whole = safetensors.torch.load_file(loras / "a.safetensors")
+    kernels = (".conv1.", ".downsamplers.")
+    narrow = {name: x for name, x in whole.items() if not any(one in name for one in kernels)}
+    assert 0 < len(narrow) < len(whole)
+    reference = plain_torch(tiny_model)
+    reference.load_lora_weights(dict(narrow))
+    pipeline = runners.load(bundle("openvino", lora=True))
+    pipeline.load_lora_weights(narrow, adapter_name="narrow")
+    assert apart(drawn(pipeline), drawn(reference)) < 1e-3
+    least = pipeline.kiln.engine("unet", "lora").precisions().total()
+    pipeline.load_lora_weights(loras / "a.safetensors", adapter_name="a")
+    assert apart(drawn(pipeline), wanted["a"]) < 1e-3
+    assert pipeline.kiln.engine("unet", "lora").precisions().total() > least
+    pipeline.set_adapters("narrow")
+    assert apart(drawn(pipeline), drawn(reference)) < 1e-3
+    pipeline.kiln.close()
+
+
 def test_parts_have_weights_of_their_own(bundle: MakeBundle, loras: Path, tiny_model: Path) -> None:
     weights = {"unet": 0.5, "text_encoder": -1.0}
     reference = plain_torch(tiny_model)

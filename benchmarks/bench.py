@@ -39,6 +39,7 @@ _SECTIONS = {
     "memory": _Section("memory", "measure_reference"),
     "memory-full": _Section("memory", "measure_full_size"),
     "tiles": _Section("tiles"),
+    "tiles-full-size": _Section("tiles", "measure_full_size", "lines_of_full_size"),
     "attention": _Section("attention"),
     "lora": _Section("lora"),
     "lora-full-size": _Section("lora", "measure_full_size"),

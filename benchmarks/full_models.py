@@ -12,7 +12,7 @@ from typing import Any
 
 from optimizer.progress import Progress
 
-__all__ = ["SD15_UNET", "SDXL_UNET", "make_sd15", "make_sdxl"]
+__all__ = ["SD15_UNET", "SDXL_UNET", "make_sd15", "make_sd15_vae", "make_sdxl"]
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -90,6 +90,34 @@ def make_sd15(out: Path, progress: Progress) -> None:
         "vae": lambda: diffusers.AutoencoderKL(**_SD15_VAE),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**_SD15_TEXT, **_ends(tokenizer))),
         "unet": lambda: diffusers.UNet2DConditionModel(**SD15_UNET),
+    }
+    _save(out, "StableDiffusionPipeline", parts, {"tokenizer": tokenizer}, progress)
+
+
+def make_sd15_vae(out: Path, progress: Progress) -> None:
+    """Write the VAE of Stable Diffusion 1.5 of random weights, beside a denoiser and a text encoder
+    that are as small as can be: for what only the VAE does.
+    """
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    text = {**_SD15_TEXT, "hidden_size": 32, "intermediate_size": 32, "projection_dim": 32}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    unet = {
+        "sample_size": 64,
+        "block_out_channels": [32],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+    }
+    parts = {
+        "vae": lambda: diffusers.AutoencoderKL(**_SD15_VAE),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**text, **_ends(tokenizer))),
+        "unet": lambda: diffusers.UNet2DConditionModel(**unet),
     }
     _save(out, "StableDiffusionPipeline", parts, {"tokenizer": tokenizer}, progress)
 

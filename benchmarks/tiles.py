@@ -17,11 +17,19 @@ from typing import Any
 
 from runners.console import Console
 
-__all__ = ["lines", "measure"]
+__all__ = ["lines", "lines_of_full_size", "measure", "measure_full_size"]
 
 _REFERENCE = Path(__file__).with_name("reference_model")
 _SIDES = (128, 256, 512)
 _BACKENDS = ("openvino", "onnxruntime")
+_FULL_SIDES = (512, 1024, 1536, 2048)
+_LARGEST_WHOLE = 1024
+"""Of those, in pixels: a whole picture of 2048 px takes 14 GB."""
+_PEAKS = ("peak of whole", "peak of tiles")
+_FULL_OPTIONS = (
+    *("--quant", "none", "--no-lora", "--size-range", "256:2048", "--calibration-size", "256"),
+    *("--steps", "2", "--batch", "1"),
+)
 _OPTIONS = ("--quant", "none", "--no-lora", "--size-range", "32:512", "--steps", "2")
 
 
@@ -39,6 +47,41 @@ def measure(console: Console, out: Path) -> dict[str, Any]:
                 rows.append({"backend": backend, "side": side, **measure_side(bundle, side)})
                 stage.advance()
     return {"rows": rows}
+
+
+def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
+    """The peak of Stable Diffusion 1.5's decoder at four sizes, in tiles of 512 px and without.
+
+    In tiles the first round is run alone: later ones call the same engines with the same shapes.
+    """
+    from optimizer.worker import run_stage
+
+    rows = []
+    with tempfile.TemporaryDirectory() as private:
+        model = Path(private) / "model"
+        with console.stage("Full-size VAE: make weights") as stage:
+            run_stage("benchmarks.full_models:make_sd15_vae", (model,), progress=stage.progress)
+        for backend in _BACKENDS:
+            bundle = out / "tiles-full-size" / backend
+            command = [sys.executable, "-m", "runners.cli", "compile", str(model)]
+            with console.stage(f"Full-size VAE: compile for {backend}"):
+                given = [*_FULL_OPTIONS, "--backend", backend, "--force", "-o", str(bundle)]
+                subprocess.run([*command, *given], check=True, capture_output=True)
+            for side in _FULL_SIDES:
+                with console.stage(f"Full-size VAE: decode at {side} px with {backend}"):
+                    rows.append({"backend": backend, "side": side, **_peaks(bundle, side)})
+    return {"rows": rows}
+
+
+def _peaks(bundle: Path, side: int) -> dict[str, int | None]:
+    """Whole and in tiles, of latents of noise; None: too large."""
+    whole, tiled = (
+        None
+        if way == _PEAKS[0] and side > _LARGEST_WHOLE
+        else _child(bundle, side, way, bundle)["peak_bytes"]
+        for way in _PEAKS
+    )
+    return {"whole_peak_bytes": whole, "tiled_peak_bytes": tiled}
 
 
 def measure_side(bundle: Path, side: int) -> dict[str, Any]:
@@ -67,13 +110,22 @@ def _child(bundle: Path, side: int, way: str, latents: Path) -> dict[str, Any]:
 
 
 def _main(bundle: Path, side: int, way: str, latents: Path) -> None:
-    """Encode a picture into `latents`, or decode them into WAY.npy beside them."""
+    """Encode a picture into `latents`, or decode them into WAY.npy beside them; for `_PEAKS`, decode
+    noise.
+    """
     import numpy as np
     import torch
 
     import runners
-    from runners import gauge
+    from runners import seamless
 
+    if way in _PEAKS:
+        pipeline = runners.load(bundle)
+        seamless.ROUNDS = 0
+        pipeline.vae.use_tiling = way == _PEAKS[1]
+        _, peak = _decoded(pipeline.vae, torch.randn(1, 4, side // 8, side // 8))
+        print(json.dumps({"peak_bytes": peak}))
+        return
     pipeline = runners.load(bundle, threads=1)
     if way == "encode":
         image = torch.from_numpy(_picture(side))
@@ -81,18 +133,24 @@ def _main(bundle: Path, side: int, way: str, latents: Path) -> None:
         print(json.dumps({}))
         return
     given = torch.from_numpy(np.load(latents))
-    if way == "tiled":
-        pipeline.vae.enable_tiling()
-    gauge.trim()
-    before = gauge.resident_bytes()
-    gauge.reset_peak()
-    image = pipeline.vae.decode(given).sample
-    peak = gauge.peak_bytes() - before
+    pipeline.vae.use_tiling = way == "tiled"
+    image, peak = _decoded(pipeline.vae, given)
     start = time.perf_counter()
     pipeline.vae.decode(given)
     seconds = time.perf_counter() - start
     np.save(latents.with_name(f"{way}.npy"), image.clamp(-1, 1).numpy())
     print(json.dumps({"peak_bytes": peak, "seconds": round(seconds, 3)}))
+
+
+def _decoded(vae: Any, latents: Any) -> tuple[Any, int]:
+    """The image, and the peak above what the process had before."""
+    from runners import gauge
+
+    gauge.trim()
+    before = gauge.resident_bytes()
+    gauge.reset_peak()
+    image = vae.decode(latents).sample
+    return image, gauge.peak_bytes() - before
 
 
 def _picture(side: int) -> Any:
@@ -117,6 +175,19 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{tiled['peak_bytes'] / 1e6:>5.0f} MB, {whole['seconds']:>6.2f} s and "
             f"{tiled['seconds']:>6.2f} s, differing by {row['mean_difference']:.3f}/255 on "
             f"average, {row['max_difference']:.2f}/255 at most"
+        )
+    return said
+
+
+def lines_of_full_size(found: Mapping[str, Any]) -> list[str]:
+    """The rows of the full-size decoder."""
+    said = ["decoding with a full-size decoder, whole and in seamless tiles of 512 px: peak"]
+    for row in found["rows"]:
+        whole = row["whole_peak_bytes"]
+        said.append(
+            f"  {row['backend']:<12}{row['side']:>5} px: "
+            f"{'not run' if whole is None else f'{whole / 1e6:.0f} MB'} and "
+            f"{row['tiled_peak_bytes'] / 1e6:.0f} MB"
         )
     return said
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from runners.tiling import starts
 
-__all__ = ["Grid", "in_seamless_tiles", "margin_of"]
+__all__ = ["ROUNDS", "Grid", "in_seamless_tiles", "margin_of"]
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A tile's part, as runners.vae_parts has it: part, rows, columns, own, given -> made, seen."""
 
 _SETTLED = 0.005
 """Of a standard deviation, how far off statistics may be: below 0.2/255 of a picture on average."""
-_ROUNDS = 6
+ROUNDS = 6
 """At most: latents of pure noise, which are far from any picture's, took four."""
 _BLOCKS = 4
 """Of the sketch, along a side."""
@@ -87,7 +87,7 @@ def in_seamless_tiles(run: Run, x: Tensor, grid: Grid, norms: tuple[int, ...]) -
     sketch = _sketched(x, cut)
     correction = torch.stack((torch.zeros(norms[0], norms[2]), torch.ones(norms[0], norms[2])), 1)
     statistics = expected = _sketch_saw(run, sketch, cut, correction)
-    for wanted in (rough, *[spans] * _ROUNDS):
+    for wanted in (rough, *[spans] * ROUNDS):
         made, seen = _round(run, x, cut, wanted, statistics)
         correction = _difference(seen, expected)
         expected = _sketch_saw(run, sketch, cut, correction)

@@ -110,7 +110,7 @@ def _child(bundle: Path, side: int, way: str, latents: Path) -> dict[str, Any]:
 
 
 def _main(bundle: Path, side: int, way: str, latents: Path) -> None:
-    """Encode a picture into `latents`, or decode them into WAY.npy beside them; for `_PEAKS`, decode
+    """Encode a picture into `latents`, decode them into WAY.npy beside them, or, of `_PEAKS`, decode
     noise.
     """
     import numpy as np

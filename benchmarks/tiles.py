@@ -110,8 +110,8 @@ def _child(bundle: Path, side: int, way: str, latents: Path) -> dict[str, Any]:
 
 
 def _main(bundle: Path, side: int, way: str, latents: Path) -> None:
-    """Encode a picture into `latents`, decode them into WAY.npy beside them, or, of `_PEAKS`, decode
-    noise.
+    """Encode a picture into `latents`, decode them into WAY.npy beside them, or decode noise, of
+    which `_PEAKS` want the peak alone.
     """
     import numpy as np
     import torch

@@ -172,8 +172,11 @@ def _quality(manifest: Manifest) -> str:
         f"{total / 1e6:.1f} MB ({total / fp32:.2f}x of fp32)",
         f"denoiser {entry.quant}/{entry.dtype} on {entry.backend}",
     ]
-    if manifest.speed is not None:
+    if manifest.speed is not None and manifest.speed.alone:
         parts.insert(0, f"a step {manifest.speed.speedup:.2f}x as fast as diffusers in fp32")
+    elif manifest.speed is not None:
+        share = f"{manifest.speed.others_share:.0%}"
+        parts.insert(0, f"speed unsure, as other programs took {share} of the processor")
     if manifest.variants:
         parts[-1] += f" (also {', '.join(item.quant for item in manifest.variants)})"
     if entry.sqnr_db is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ from optimizer.prepare import run_module
 from runners.engines import engine_class
 from runners.modules import WRAPPERS
 
-__all__ = ["load_average", "measure_step"]
+__all__ = ["Others", "load_average", "measure_step", "others_time"]
 
 _SECONDS = 12.0
 _ROUNDS = (5, 60)
@@ -44,7 +46,7 @@ def measure_step(plan: Plan, job: Job, recorded: Path, engine_folder: Path, out:
     )
     feeds = call.feeds(job.signature)
     load = load_average()
-    with engine:
+    with engine, others_time() as others:
         eager_s, engine_s = _interleaved(lambda: run_module(wrapper, call), lambda: engine(feeds))
     document = {
         "eager_fp32_ms": round(1000 * eager_s, 3),
@@ -52,6 +54,7 @@ def measure_step(plan: Plan, job: Job, recorded: Path, engine_folder: Path, out:
         "speedup": round(eager_s / engine_s, 3),
         "threads": threads,
         "load_average": load,
+        "others_share": round(others.share, 3),
     }
     (out / "speed.json").write_text(json.dumps(document), "utf-8")
 
@@ -68,6 +71,31 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object]) -> t
             function()
             found.append(time.perf_counter() - start)
     return statistics.median(times[0][2:]), statistics.median(times[1][2:])
+
+
+@dataclass
+class Others:
+    """What other programs took of the machine meanwhile."""
+
+    share: float = 0.0
+    """Of the time of all its cores; known at the end."""
+
+
+@contextmanager
+def others_time() -> Iterator[Others]:
+    """Watch how busy the machine is with other processes than this one."""
+    found, (busy, total), own = Others(), _machine_time(), time.process_time()
+    yield found
+    now_busy, now_total = _machine_time()
+    spent = now_busy - busy - (time.process_time() - own)
+    found.share = min(1.0, max(0.0, spent / max(now_total - total, 1e-6)))
+
+
+def _machine_time() -> tuple[float, float]:
+    """Seconds that all cores together have worked, and existed; guests' are in user's."""
+    times = psutil.cpu_times()._asdict()
+    total = sum(n for name, n in times.items() if not name.startswith("guest"))
+    return total - times["idle"] - times.get("iowait", 0.0), total
 
 
 def load_average() -> float | None:

@@ -54,7 +54,8 @@ def _text(manifest: Manifest) -> str:
         speed = manifest.speed
         lines.append(
             f"step       {speed.engine_ms:.1f} ms, diffusers fp32 {speed.eager_fp32_ms:.1f} ms: "
-            f"{speed.speedup:.2f}x on {speed.threads} threads (load {speed.load_average})"
+            f"{speed.speedup:.2f}x on {speed.threads} threads (load {speed.load_average}"
+            f"{'' if speed.alone else f', other programs took {speed.others_share:.0%}: unsure'})"
         )
     lines.append(
         f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"

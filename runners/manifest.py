@@ -177,6 +177,9 @@ class Picture(BaseModel):
     """To the PNG."""
 
 
+_ALONE = 0.1
+
+
 class Speed(BaseModel):
     """One denoising step at the native size, guidance included, interleaved in one process."""
 
@@ -188,6 +191,15 @@ class Speed(BaseModel):
     threads: int
     load_average: float | None
     """Of the machine over the last minute, when the measurement began."""
+    others_share: float = Field(0.0, ge=0, le=1)
+    """What other programs took of the machine's cores while it was made."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the figure is good for anything: threads that wait for cores which others have
+        slow a step many times over, and not both kinds of it alike.
+        """
+        return self.others_share <= _ALONE
 
 
 class Manifest(BaseModel):

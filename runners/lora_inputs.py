@@ -19,9 +19,9 @@ __all__ = [
     "Target",
     "compiled_rank_tensors",
     "compiled_ranks",
+    "convolution_layers",
     "lora_inputs",
     "lora_targets",
-    "wide_layers",
     "with_lora",
 ]
 
@@ -81,14 +81,19 @@ def lora_targets(signature: Signature) -> dict[str, Target]:
     return found
 
 
-def wide_layers(signature: Signature) -> frozenset[str]:
-    """The layers with kernels of more than one place.
+def convolution_layers(signature: Signature) -> frozenset[str]:
+    """The layers with kernels of more than one place, and those of the same blocks.
 
     Their outputs are the largest, and most LoRAs leave them alone: adding nothing to them takes
     time, which engines spare that can.
     """
-    targets = lora_targets(signature).items()
-    return frozenset(name for name, target in targets if max(target.kernel, default=1) > 1)
+    targets = lora_targets(signature)
+    blocks = {_block(name) for name, target in targets.items() if max(target.kernel, default=1) > 1}
+    return frozenset(name for name in targets if _block(name) in blocks)
+
+
+def _block(layer: str) -> str:
+    return layer.rpartition(".")[0]
 
 
 def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:

@@ -18,7 +18,7 @@ import openvino as ov
 
 from profiles.errors import BundleError
 from runners.engines.base import Array, Engine
-from runners.lora_inputs import UP, wide_layers
+from runners.lora_inputs import UP, convolution_layers
 
 __all__ = ["OpenVinoEngine"]
 
@@ -48,7 +48,7 @@ class OpenVinoEngine(Engine):
             self._model = self._core.read_model(graph, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:
             raise BundleError(f"OpenVINO can't read the engine: {_first_line(error)}") from error
-        self._wide = wide_layers(self.signature)
+        self._convolutions = convolution_layers(self.signature)
         self._compiled: OrderedDict[tuple[Any, ...], ov.InferRequest] = OrderedDict()
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -64,8 +64,8 @@ class OpenVinoEngine(Engine):
         belongs to a part that is left out.
         """
         free = self.signature.free
-        used = any(feeds[f"{layer}{UP}"].shape[0] for layer in self._wide)
-        idle = frozenset() if used else self._wide
+        used = any(feeds[f"{layer}{UP}"].shape[0] for layer in self._convolutions)
+        idle = frozenset() if used else self._convolutions
         return {
             spec.name: tuple(
                 (0 if spec.name.rpartition(".")[0] in idle else -1) if axis in free else size

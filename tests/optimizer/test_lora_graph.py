@@ -19,6 +19,7 @@ from runners.lora_inputs import (
     Target,
     compiled_rank_tensors,
     compiled_ranks,
+    convolution_layers,
     lora_targets,
     with_lora,
 )
@@ -145,6 +146,19 @@ def test_ranks_are_free_and_other_dims_are_not() -> None:
     assert signature.check(feeds) == {"batch": 2}
     with pytest.raises(ValueError, match="needs 1 <= min"):
         Dim(name="batch", min=0, opt=1, max=4)
+
+
+def test_layers_beside_kernels_are_told_from_the_others() -> None:
+    targets = {
+        "conv_in": Target(4, 8, (3, 3)),
+        "resnets.0.conv1": Target(8, 8, (3, 3)),
+        "resnets.0.conv_shortcut": Target(8, 8, (1, 1)),
+        "resnets.0.time_emb_proj": Target(8, 8),
+        "attentions.0.proj_in": Target(8, 8, (1, 1)),
+        "attentions.0.to_q": Target(8, 8),
+    }
+    found = convolution_layers(with_lora(SIGNATURE, targets))
+    assert found == {name for name in targets if not name.startswith("attentions")}
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])

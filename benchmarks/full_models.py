@@ -108,9 +108,9 @@ def make_sd15_vae(out: Path, progress: Progress) -> None:
     text |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     unet = {
         "sample_size": 64,
-        "block_out_channels": [32],
-        "down_block_types": ["CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D"],
+        "block_out_channels": [32, 32, 32],
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
         "layers_per_block": 1,
         "cross_attention_dim": 32,
     }

@@ -19,6 +19,7 @@ from onnxscript import opset23
 from onnxscript import optimizer as onnx_optimizer
 from torch import Tensor, nn
 
+from optimizer.decomposing import only_needed_decompositions
 from optimizer.graph import clean, name_transposed
 from optimizer.upsampling import upsampling_without_questions
 from profiles.errors import BuildError
@@ -66,6 +67,14 @@ def _affine(x, scale, zero_point):  # type: ignore[no-untyped-def]
     return opset23.DequantizeLinear(codes, scale, zero_point)
 
 
+def _to_dtype(x, dtype: int, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]  # noqa: ARG001, FBT002 (the operator's own arguments)
+    return opset23.Cast(x, to=dtype)
+
+
+def _to_device(x, device, dtype: int, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]  # noqa: ARG001, FBT002 (the operator's own arguments)
+    return opset23.Cast(x, to=dtype)
+
+
 def export_onnx(
     module: nn.Module, inputs: Sequence[Tensor], signature: Signature, path: Path
 ) -> None:
@@ -84,6 +93,7 @@ def export_onnx(
             redirect_stderr(log),
             torch.no_grad(),
             upsampling_without_questions(module),
+            only_needed_decompositions(),
         ):
             program = torch.onnx.export(
                 module.eval(),
@@ -103,6 +113,8 @@ def export_onnx(
                     ops.quantize_dequantize.default: _activation,
                     ops.quantize_dequantize_affine.default: _affine,
                     ops.quantize_dequantize_fp8.default: _fp8,
+                    torch.ops.aten.to.dtype: _to_dtype,
+                    torch.ops.aten.to.device: _to_device,
                 },
             )
     except torch.onnx.errors.OnnxExporterError as error:

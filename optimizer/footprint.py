@@ -7,6 +7,7 @@ picture; `optimizer.memory_entries` makes them pixels of the picture that is dra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -35,7 +36,11 @@ few points it would follow any curve, and be far off at larger sizes."""
 _LARGE_AT: tuple[tuple[float, int], ...] = ((1, 1), (1.5, 1), (1, 2))
 _SMALL_AT: tuple[tuple[float, int], ...] = ((1, 1), (2, 1), (4, 2), (8, 1), (8, 2))
 """(multiple of the smallest side, pictures) of the measured shapes: calls of large engines take
-seconds, those of an autoencoder's at full size a minute."""
+seconds."""
+
+_QUICK = 10_000_000
+"""Of a part's parameters: those of more are measured up to the native side. The decoder of Stable
+Diffusion, whole at 2048 px, takes minutes and 14 GB."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def measure(job: Job, built: Built, *, folder: Path, call: Call) -> PartMemory:
     `call` is a recorded one: its inputs are tiled or cut to the shapes. Large files are mapped, as
     a bundle's are.
     """
-    shapes = sizes_at(job.signature, _LARGE_AT if job.parameters > LARGE else _SMALL_AT)
+    wanted = _LARGE_AT if job.parameters > LARGE else _SMALL_AT
+    shapes = sizes_at(job.signature, wanted, beyond_native=job.parameters <= _QUICK)
     return measured(job.backend, built, job.signature, folder, call.inputs, shapes)
 
 
@@ -115,8 +121,13 @@ def _buffer(path: Path) -> Buffer:
     return mapped(path)
 
 
-def sizes_at(signature: Signature, wanted: Sequence[tuple[float, int]]) -> list[dict[str, int]]:
-    """Sizes of the dims at multiples of the smallest side and so many pictures."""
+def sizes_at(
+    signature: Signature, wanted: Sequence[tuple[float, int]], *, beyond_native: bool = True
+) -> list[dict[str, int]]:
+    """Sizes of the dims at multiples of the smallest side and so many pictures.
+
+    Unless `beyond_native`, sides beyond the native one, and 1.5 times the smallest, become that.
+    """
     dims = {dim.name: dim for dim in signature.dims}
     base = {name: dim.nearest(dim.opt) for name, dim in dims.items()}
     growing: list[str] = [name for name in ("height", "width", "sequence") if name in dims]
@@ -127,10 +138,15 @@ def sizes_at(signature: Signature, wanted: Sequence[tuple[float, int]]) -> list[
             return [base]
         return [{**base, "tokens": tokens.nearest(n)} for n in (tokens.max // 4, tokens.max // 2)]
 
+    native = max(dims[name].opt / dims[name].min for name in growing)
+    native = math.sqrt(native) if "sequence" in growing else native
+    most = math.inf if beyond_native else max(native, 1.5)
+
     def at(scale: float, pictures: int) -> dict[str, int]:
+        scale = min(scale, most)
         by = scale**2 if "sequence" in growing else scale
         start = {name: dims[name].nearest(dims[name].min) for name in growing}
-        sizes = {name: dims[name].nearest(round(start[name] * by)) for name in growing}
+        sizes = {n: dims[n].nearest(round(start[n] * by)) for n in growing}
         return {**base, **sizes, "batch": dims["batch"].nearest(pictures * dims["batch"].opt)}
 
     return [dict(sizes) for sizes in dict.fromkeys(tuple(at(*one).items()) for one in wanted)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optimizer.backends import Built
-from optimizer.footprint import Seen, fitted, measured
+from optimizer.footprint import Seen, fitted, measured, sizes_at
 from optimizer.memory_entries import part_memory, per_pixel, places_per_pixel
 from runners import gauge
 from runners.files import MAPPED_FROM
@@ -69,6 +69,28 @@ def test_a_text_encoder_of_one_shape_is_a_constant() -> None:
     part = fitted([Seen(Shape(1, 0, 0), 12 * MIB, 13 * MIB)])
     assert (part.resident_bytes, part.stays) == (12 * MIB, {})
     assert part.peak_bytes(Shape(1, 512**2, 77)) == 13 * MIB
+
+
+@pytest.mark.parametrize(
+    ("least", "native", "beyond", "sides"),
+    [
+        (32, 64, True, [32, 64, 128, 256]),
+        (32, 64, False, [32, 64]),
+        (64, 64, False, [64, 96]),
+    ],
+)
+def test_slow_parts_are_measured_up_to_the_native_side(
+    least: int, native: int, beyond: bool, sides: list[int]
+) -> None:
+    dims = (
+        Dim(name="batch", min=1, opt=1, max=1),
+        *(Dim(name=n, min=least, opt=native, max=256, multiple_of=8) for n in ("height", "width")),
+    )
+    signature = Signature(inputs=(), outputs=(), dims=dims)
+    wanted = [(1, 1), (2, 1), (4, 2), (8, 1), (8, 2)]
+    found = sizes_at(signature, wanted, beyond_native=beyond)
+    assert [sizes["height"] for sizes in found] == sides
+    assert all(sizes["width"] == sizes["height"] for sizes in found)
 
 
 def test_places_become_pixels_of_the_picture() -> None:

@@ -67,12 +67,12 @@ def _affine(x, scale, zero_point):  # type: ignore[no-untyped-def]
     return opset23.DequantizeLinear(codes, scale, zero_point)
 
 
-def _to_dtype(x, dtype: int, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]  # noqa: ARG001, FBT002 (the operator's own arguments)
-    return opset23.Cast(x, to=dtype)
+def _to(x, dtype: int = -1, *_where, **_how):  # type: ignore[no-untyped-def]
+    return opset23.Identity(x) if dtype == -1 else opset23.Cast(x, to=dtype)
 
 
-def _to_device(x, device, dtype: int, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]  # noqa: ARG001, FBT002 (the operator's own arguments)
-    return opset23.Cast(x, to=dtype)
+def _to_device(x, _device, dtype: int = -1, *_how):  # type: ignore[no-untyped-def]
+    return _to(x, dtype)
 
 
 def export_onnx(
@@ -113,7 +113,8 @@ def export_onnx(
                     ops.quantize_dequantize.default: _activation,
                     ops.quantize_dequantize_affine.default: _affine,
                     ops.quantize_dequantize_fp8.default: _fp8,
-                    torch.ops.aten.to.dtype: _to_dtype,
+                    torch.ops.aten.to.dtype: _to,
+                    torch.ops.aten.to.dtype_layout: _to,
                     torch.ops.aten.to.device: _to_device,
                 },
             )

@@ -33,7 +33,8 @@ class _Model(nn.Module):
 
 
 def cast(x: Tensor) -> Tensor:
-    return (x > 0).to(torch.int64).to(torch.float32) + x.to("cpu", torch.float32)
+    found = (x > 0).to(torch.int64).to(torch.float32) + x.to("cpu", torch.float32)
+    return found.to(dtype=torch.float32, device="cpu", memory_format=torch.contiguous_format)
 
 
 def without_translation(x: Tensor) -> Tensor:

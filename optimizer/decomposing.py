@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
@@ -30,14 +29,18 @@ Decompose = Callable[[ExportedProgram, Any], ExportedProgram]
 @contextmanager
 def only_needed_decompositions() -> Iterator[None]:
     """Within, the exporter decomposes programs that need it, and leaves the others as they are."""
-    plain: Decompose = _fx_passes.decompose_with_registry
+    passes: Any = _fx_passes
+    plain: Decompose = passes.decompose_with_registry
 
     def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
         known = set(_decomp.get_onnx_implemented_overloads(registry))
         return program if _translates(program, known) else plain(program, registry)
 
-    with mock.patch.object(_fx_passes, "decompose_with_registry", decompose):
+    passes.decompose_with_registry = decompose
+    try:
         yield
+    finally:
+        passes.decompose_with_registry = plain
 
 
 def _translates(program: ExportedProgram, known: set[Any]) -> bool:

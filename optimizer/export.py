@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -75,6 +75,23 @@ def _to_device(x, _device, dtype: int = -1, *_how):  # type: ignore[no-untyped-d
     return _to(x, dtype)
 
 
+def _translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """Of our own operators, and of torch's casts, which the exporter would decompose."""
+    ops, to = torch.ops.kiln, torch.ops.aten.to
+    return {
+        ops.dequantize_channel.default: _channel,
+        ops.dequantize_group.default: _group,
+        ops.dequantize_group_affine.default: _group_affine,
+        ops.dequantize_fp4.default: _fp4,
+        ops.quantize_dequantize.default: _activation,
+        ops.quantize_dequantize_affine.default: _affine,
+        ops.quantize_dequantize_fp8.default: _fp8,
+        to.dtype: _to,
+        to.dtype_layout: _to,
+        to.device: _to_device,
+    }
+
+
 def export_onnx(
     module: nn.Module, inputs: Sequence[Tensor], signature: Signature, path: Path
 ) -> None:
@@ -86,7 +103,6 @@ def export_onnx(
     """
     names = [spec.name for spec in signature.inputs]
     log = io.StringIO()
-    ops = torch.ops.kiln
     try:
         with (
             redirect_stdout(log),
@@ -105,18 +121,7 @@ def export_onnx(
                 dynamic_shapes=_dynamic_shapes(signature),
                 external_data=True,
                 optimize=False,
-                custom_translation_table={
-                    ops.dequantize_channel.default: _channel,
-                    ops.dequantize_group.default: _group,
-                    ops.dequantize_group_affine.default: _group_affine,
-                    ops.dequantize_fp4.default: _fp4,
-                    ops.quantize_dequantize.default: _activation,
-                    ops.quantize_dequantize_affine.default: _affine,
-                    ops.quantize_dequantize_fp8.default: _fp8,
-                    torch.ops.aten.to.dtype: _to,
-                    torch.ops.aten.to.dtype_layout: _to,
-                    torch.ops.aten.to.device: _to_device,
-                },
+                custom_translation_table=_translations(),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).rpartition("## Exception summary")[2].strip().splitlines()[0]

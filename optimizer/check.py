@@ -23,7 +23,7 @@ from optimizer.tile_check import built_parts
 from profiles.errors import BuildError, ParityError
 from runners.engines import engine_class
 from runners.engines.base import Engine
-from runners.part_names import PARTS, TILE
+from runners.part_names import AFTER, PARTS
 from runners.signature import Signature
 
 __all__ = ["build_and_check", "engine_db", "limit_db", "opened", "opened_proof"]
@@ -83,7 +83,7 @@ def build_and_check(
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
     _require(job, "the recorded runs", total, oracle["sqnr_db"])
     forms = _forms(job, prepared, out, sampled, alone, ran=ran)
-    if TILE in job.forms:
+    if AFTER in job.forms:
         parts = built_parts(job, prepared, out)
         for where, db in parts.sqnr_db(sampled).items():
             _require(job, f"{where} in two parts", db, alone[where])

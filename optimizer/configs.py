@@ -90,6 +90,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "latent_channels": _WHOLE,
     "layers_per_block": (_counts, "a whole number of 1 or more, or a list of them"),
     "max_position_embeddings": _WHOLE,
+    "mid_block_add_attention": _FLAG,
     "num_class_embeds": _WHOLE,
     "num_hidden_layers": _WHOLE,
     "out_channels": _WHOLE,

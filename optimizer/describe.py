@@ -19,7 +19,7 @@ from optimizer.quantize.schemes import W4A16, W8A8, Nvfp4
 from optimizer.quantize.sensitivity import Sensitivity, sqnr_of
 from profiles.target import sm
 from runners.manifest import Manifest
-from runners.part_names import TILE
+from runners.part_names import AFTER
 
 __all__ = [
     "analysis_document",
@@ -195,7 +195,7 @@ def _autoencoder(plan: Plan) -> list[str]:
 def _tiles_line(plan: Plan) -> str:
     """How pictures larger than the native size may be coded in tiles."""
     side = plan.native_size
-    if any(TILE in job.forms for job in plan.jobs):
+    if any(AFTER in job.forms for job in plan.jobs):
         return f"tiles: seamless ones of {side} px, two more graphs over the weights of each half"
     if max(plan.recipe.size_max or 0, side) == side:
         return "tiles: none, no picture is larger than one"

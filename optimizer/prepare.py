@@ -33,7 +33,7 @@ from optimizer.record import load_statistics
 from optimizer.tile_form import prepare_tiles
 from runners.control_tasks import CONTROL
 from runners.modules import WRAPPERS
-from runners.part_names import TILE
+from runners.part_names import AFTER
 from runners.quantized import insert_quantized
 
 __all__ = ["prepare", "run_module"]
@@ -103,7 +103,7 @@ def prepare(
     if CONTROL in job.forms:
         config = plan.source.checked_config(job.spec.folder)
         prepare_control(module, job, config, out, with_graph=with_graph)
-    if TILE in job.forms:
+    if AFTER in job.forms:
         prepare_tiles(module, job, out, with_graph=with_graph)
 
 

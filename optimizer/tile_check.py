@@ -10,22 +10,21 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from optimizer.backends import Built, builder
 from optimizer.calls import Call
-from optimizer.footprint import measured, sizes_at
+from optimizer.footprint import measured
 from optimizer.forms import prepared_forms
 from optimizer.job import Job
 from optimizer.numerics import worst_sqnr_db
 from runners.engines import engine_class
 from runners.engines.base import Array, Engine
-from runners.part_names import PARTS, TILE, WHOLE
+from runners.part_names import AFTER, BEFORE, PARTS
 from runners.signature import Signature
+from runners.streamed_attention import attended
 
 __all__ = ["Parts", "built_parts"]
-
-_SCALES = ((1, 1), (2, 1), (4, 1))
-"""Of the smallest side, and pictures: what the whole picture's part is measured at."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +72,18 @@ class Parts:
         )
 
     def _memory(self, name: str, call: Call) -> Any:
-        """Of the whole picture's part at a few sizes, of the tiles' at a tile's."""
+        """Of a part, at a tile's size."""
         signature = self.signatures[name]
-        dims = {dim.name: dim for dim in signature.dims}
-        if name == TILE:
-            sizes = [{n: dims[n].nearest(dims[n].opt) for n in ("height", "width")}]
-        else:
-            sizes = sizes_at(signature, _SCALES)
-        sizes = [{n: dim.following(one) for n, dim in dims.items()} for one in sizes]
+        sizes = {dim.name: dim.nearest(dim.opt) for dim in signature.dims if dim.of is None}
+        sizes = {dim.name: dim.following(sizes) for dim in signature.dims}
         known = {
             spec.name: x for spec, x in zip(self.job.signature.inputs, call.inputs, strict=True)
         }
-        feeds = {
-            spec.name: known[spec.name][:1] if spec.name in known else _filled(spec.axes, sizes[0])
+        feeds = [
+            known[spec.name][:1] if spec.name in known else _filled(spec.axes, sizes)
             for spec in signature.inputs
-        }
-        return measured(
-            self.job.backend, self.built[name], signature, self.folder, list(feeds.values()), sizes
-        )
+        ]
+        return measured(self.job.backend, self.built[name], signature, self.folder, feeds, [sizes])
 
 
 def built_parts(job: Job, prepared: Path, out: Path) -> Parts:
@@ -107,20 +100,26 @@ def _filled(axes: tuple[int | str, ...], sizes: Mapping[str, int]) -> Array:
 
 def _joined(job: Job, engines: Mapping[str, Engine], x: Array, *, given: bool) -> Array:
     """The half's output, of both parts in turn; each picture is one tile."""
-    if job.spec.role == "vae_decoder":
-        (features,) = engines[WHOLE]({job.signature.inputs[0].name: x}).values()
-        return np.concatenate([_tile(engines[TILE], one, given=given) for one in features])
-    features = np.concatenate([_tile(engines[TILE], one, given=given) for one in x])
-    (moments,) = engines[WHOLE]({"features": features}).values()
-    return moments
+    found = []
+    for one in x:
+        features, *mixed = _tile(engines[BEFORE], {job.signature.inputs[0].name: one}, given=given)
+        query, key, value = (torch.from_numpy(each[0]).flatten(1).T for each in mixed)
+        there = attended(query, [(key, value)]).T.reshape(features.shape[1:]).numpy()
+        second = {"features": features[0], "attended": there}
+        found.append(_tile(engines[AFTER], second, given=given)[0])
+    return np.concatenate(found)
 
 
-def _tile(engine: Engine, x: Array, *, given: bool) -> Array:
-    """One picture as one tile; `given`: once more, with the statistics that it saw."""
+def _tile(engine: Engine, given_maps: Mapping[str, Array], *, given: bool) -> list[Array]:
+    """What a part makes of one picture as one tile; `given`: once more, with the statistics that
+    it saw.
+    """
     signature = engine.signature
     specs = {spec.name: spec for spec in signature.inputs}
-    first, made = signature.inputs[0], signature.outputs[0].name
-    sizes = {str(axis): n for axis, n in zip(first.axes[2:], x.shape[1:], strict=True)}
+    sizes: dict[str, int] = {}
+    for name, x in given_maps.items():
+        pairs = zip(specs[name].axes[2:], x.shape[1:], strict=True)
+        sizes |= {str(axis): n for axis, n in pairs}
     sizes = {dim.name: dim.following(sizes) for dim in signature.dims}
     sides = {
         name: np.ones(sizes[str(specs[name].axes[0])], np.float32) for name in ("rows", "columns")
@@ -128,7 +127,7 @@ def _tile(engine: Engine, x: Array, *, given: bool) -> Array:
     neutral = np.zeros([int(axis) for axis in specs["given"].axes], np.float32)
     neutral[:, 1] = 1
     feeds = {
-        first.name: x[None],
+        **{name: x[None] for name, x in given_maps.items()},
         **sides,
         "own": np.ones(1, np.float32),
         "given": neutral,
@@ -136,4 +135,4 @@ def _tile(engine: Engine, x: Array, *, given: bool) -> Array:
     found = engine(feeds)
     if given:
         found = engine({**feeds, "own": np.zeros(1, np.float32), "given": found["seen"]})
-    return found[made]
+    return [found[spec.name] for spec in signature.outputs if spec.name != "seen"]

@@ -1,8 +1,8 @@
-"""The forms "whole" and "tile" of a VAE's half: its two parts, for pictures in seamless tiles."""
+"""The forms "before" and "after" of a VAE's half: its two parts, for pictures in seamless tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ from optimizer.families.parts import floats
 from optimizer.forms import save_form
 from optimizer.job import Job
 from optimizer.onnx_files import read_graph
-from optimizer.tile_graph import cut_tile, cut_whole
-from runners.part_names import TILE, WHOLE
-from runners.signature import Dim, Signature
-from runners.vae_parts import tile_norms
+from optimizer.tile_graph import cut_after, cut_before
+from runners.part_names import AFTER, BEFORE
+from runners.signature import Dim, Signature, TensorSpec
+from runners.vae_parts import part_norms
 
 __all__ = ["part_signatures", "prepare_tiles"]
 
@@ -28,60 +28,67 @@ def prepare_tiles(module: nn.Module, job: Job, out: Path, *, with_graph: bool) -
     """
     config: Any = module.config
     half: Literal["decoder", "encoder"] = "decoder" if _decodes(job) else "encoder"
-    signatures = part_signatures(job, config, norms=len(tile_norms(module)))
-    for name, signature in signatures.items():
+    norms = {name: len(found) for name, found in part_norms(getattr(module, half)).items()}
+    for name, signature in part_signatures(job, config, norms=norms).items():
         model = read_graph(out / "model.onnx") if with_graph else None
-        if model is not None and name == WHOLE:
-            cut_whole(model, half, signature, factor=_factor(config))
+        if model is not None and name == BEFORE:
+            cut_before(model, half, signature)
         elif model is not None:
-            cut_tile(model, half, signature)
+            cut_after(model, half, signature, factor=1 if _decodes(job) else _factor(config))
         save_form(name, signature, out, model)
 
 
-def part_signatures(job: Job, config: Config, *, norms: int) -> dict[str, Signature]:
-    """Of a half's parts: the whole picture's takes any batch, the tiles' one tile of one picture.
+def part_signatures(job: Job, config: Config, *, norms: Mapping[str, int]) -> dict[str, Signature]:
+    """Of a half's parts, which take one tile of one picture; `norms`: how many each of them has.
 
-    `features`: [batch, channels, height/f, width/f]; what tiles take beside is said in
-    runners.vae_parts.
+    What is taken and given between them is [1, channels, height/f, width/f]; what tiles take
+    beside is said in runners.vae_parts.
     """
     plain, factor = job.signature, _factor(config)
-    channels, groups = int(config["block_out_channels"][-1]), int(config["norm_num_groups"])
-    sides = ("height", "width")
-    if _decodes(job):
-        latents, whole_dims = sides, plain.dims
-        tile_dims = tuple(plain.dim(side) for side in sides)
-    else:
-        latents = ("rows", "columns")
-        tile_dims = (
-            *(plain.dim(side) for side in sides),
-            *(
-                _part(plain.dim(s), factor, name, of=s)
-                for s, name in zip(sides, latents, strict=True)
-            ),
+    channels = int(config["block_out_channels"][-1])
+    dims = tuple(plain.dim(side) for side in _SIDES)
+    latent_dims, sides, made = dims, _SIDES, plain.outputs[0].axes[2:]
+    more: tuple[Dim, ...] = ()
+    if not _decodes(job):
+        latent_dims = tuple(_part(dim, factor, dim.name) for dim in dims)
+        sides = ("rows", "columns")
+        more = tuple(
+            _part(dim, factor, name, of=dim.name) for dim, name in zip(dims, sides, strict=True)
         )
-        whole_dims = (plain.dim("batch"), *(_part(plain.dim(s), factor, s) for s in sides))
-    features = floats("features", "batch", channels, *sides)
-    tile_features = floats("features", 1, channels, *sides)
-    made = plain.outputs[0].model_copy(update={"axes": (1, *plain.outputs[0].axes[1:])})
-    taken = plain.inputs[0].model_copy(update={"axes": (1, *plain.inputs[0].axes[1:])})
-    statistics = (norms, 2, groups)
-    beside = (
-        floats("rows", latents[0]),
-        floats("columns", latents[1]),
-        floats("own", 1),
-        floats("given", *statistics),
-    )
-    seen = floats("seen", *statistics)
-    if _decodes(job):
-        return {
-            WHOLE: Signature(inputs=plain.inputs, outputs=(features,), dims=whole_dims),
-            TILE: Signature(inputs=(tile_features, *beside), outputs=(made, seen), dims=tile_dims),
-        }
-    out_features = floats("features", 1, channels, *plain.outputs[0].axes[2:])
+
+    def maps(names: tuple[str, ...], axes: Sequence[int | str]) -> tuple[TensorSpec, ...]:
+        return tuple(floats(name, 1, channels, *axes) for name in names)
+
+    def statistics(name: str, part: str) -> TensorSpec:
+        return floats(name, norms[part], 2, int(config["norm_num_groups"]))
+
+    def beside(part: str, axes: Sequence[str]) -> tuple[TensorSpec, ...]:
+        rows, columns = (floats(n, axis) for n, axis in zip(("rows", "columns"), axes, strict=True))
+        return rows, columns, floats("own", 1), statistics("given", part)
+
+    given = _SIDES if _decodes(job) else made
     return {
-        WHOLE: Signature(inputs=(features,), outputs=plain.outputs, dims=whole_dims),
-        TILE: Signature(inputs=(taken, *beside), outputs=(out_features, seen), dims=tile_dims),
+        BEFORE: Signature(
+            inputs=(_alone(plain.inputs[0]), *beside(BEFORE, sides)),
+            outputs=(*maps(_BETWEEN, given), statistics("seen", BEFORE)),
+            dims=(*dims, *more),
+        ),
+        AFTER: Signature(
+            inputs=(*maps(("features", "attended"), _SIDES), *beside(AFTER, _SIDES)),
+            outputs=(_alone(plain.outputs[0]), statistics("seen", AFTER)),
+            dims=latent_dims,
+        ),
     }
+
+
+_SIDES = ("height", "width")
+_BETWEEN = ("features", "query", "key", "value")
+"""What the part before the attention gives."""
+
+
+def _alone(spec: TensorSpec) -> TensorSpec:
+    """Of one picture."""
+    return spec.model_copy(update={"axes": (1, *spec.axes[1:])})
 
 
 def _decodes(job: Job) -> bool:

@@ -34,7 +34,11 @@ class _Norm:
         self._count = 0
         x, weight, bias = node.inputs
         assert x is not None and weight is not None and bias is not None and weight.shape  # noqa: PT018
-        self._x, self._weight, self._bias = x, weight, bias
+        # the attention's norm reads [batch, channels, places], folded of a map: here the map is
+        folded = x.producer()
+        self._fold = folded if folded is not None and folded.op_type == "Reshape" else None
+        self._x = x if self._fold is None else self._fold.inputs[0]
+        self._weight, self._bias = weight, bias
         self._groups = int(node.attributes["num_groups"].as_int())
         self._channels = int(weight.shape.numpy()[0])
 
@@ -54,6 +58,8 @@ class _Norm:
         moved = self._add("Sub", self._x, self._by_channel(used))
         scaled = self._add("Mul", moved, self._add("Mul", scale, weight))
         normed = self._add("Add", scaled, bias)
+        if self._fold is not None:
+            normed = self._add("Reshape", normed, self._fold.inputs[1])
         seen = self._reshaped(self._add("Concat", mean, variance, axis=0), [1, 2, self._groups])
         for use in list(self._node.outputs[0].uses()):
             use.node.replace_input_with(use.idx, normed)

@@ -116,13 +116,14 @@ def require_known(config: Mapping[str, Any], *, where: str) -> None:
 
 def splits(config: Mapping[str, Any]) -> bool:
     """Whether a completed config's halves can be cut in two parts for seamless tiles: those of an
-    AutoencoderKL whose blocks are of diffusers' common kind, without attention.
+    AutoencoderKL whose blocks are of diffusers' common kind, with attention between them alone.
 
     All others, and backends that build no forms, have tiles that are blended (runners.tiling): an
     AutoencoderTiny has neither norms nor attention, others' differ a little from whole pictures.
     """
     kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-    return config["_class_name"] == "AutoencoderKL" and kinds <= _CONVOLUTIONAL
+    attends = config.get("mid_block_add_attention", True)
+    return config["_class_name"] == "AutoencoderKL" and kinds <= _CONVOLUTIONAL and attends
 
 
 _CONVOLUTIONAL = {"DownEncoderBlock2D", "UpDecoderBlock2D"}

@@ -8,7 +8,8 @@ an engine; everything else (schedulers, guidance, callbacks, img2img) stays diff
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,19 @@ from transformers.utils import ModelOutput
 from profiles.errors import UnsupportedError
 from runners.engines.base import DeviceEngine, Engine
 from runners.modules import component_class
-from runners.part_names import TILE, WHOLE
-from runners.seamless import Grid, in_seamless_tiles, margin_of
+from runners.part_names import AFTER, BEFORE
+from runners.seamless import (
+    Grid,
+    Held,
+    Made,
+    Picture,
+    Result,
+    Stored,
+    in_seamless_tiles,
+    margins_of,
+)
+from runners.spilled import Spilled
+from runners.streamed_attention import attend
 from runners.tiling import in_tiles
 
 __all__ = ["Adapter", "OpenEngine", "TextEncoderAdapter", "VaeAdapter", "run", "with_defaults"]
@@ -192,12 +204,8 @@ class VaeAdapter(Adapter):
     def _encode(self, x: Tensor) -> Tensor:
         """What the encoder's wrapper gives."""
         if self._in_parts(x, pixels=1):
-            margin = margin_of(self.config, encodes=True)
-            tiles = [
-                self._tiled(self._encoder, one, margin, unit=self._factor)
-                for one in torch.split(x, 1)
-            ]
-            return self._whole(self._encoder, tiles)
+            margins = margins_of(self.config, encodes=True)
+            return self._seamlessly(self._encoder, x, margins, (self._factor, 1))
         return self._called(self._encoder(), "image", x, pixels=1)
 
     def decode(
@@ -208,12 +216,8 @@ class VaeAdapter(Adapter):
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents already divided by scaling_factor -> images in -1..1."""
         if self._in_parts(z, pixels=self._factor):
-            margin = margin_of(self.config, encodes=False)
-            features = self._whole(self._decoder, torch.split(z, 1))
-            tiles = [
-                self._tiled(self._decoder, one, margin, unit=1) for one in torch.split(features, 1)
-            ]
-            image = torch.cat(tiles)
+            margins = margins_of(self.config, encodes=False)
+            image = self._seamlessly(self._decoder, z, margins, (1, self._factor))
         else:
             image = self._called(self._decoder(), "latent", z, pixels=self._factor)
         return DecoderOutput(sample=image) if return_dict else (image,)
@@ -229,26 +233,46 @@ class VaeAdapter(Adapter):
             return False
         return max(x.shape[-2:]) * pixels > self._tile_side
 
-    def _whole(self, half: OpenEngine, given: Iterable[Tensor]) -> Tensor:
-        """What the whole pictures' part of a half gives, one picture at a time."""
-        engine = half(WHOLE)
-        name = engine.signature.inputs[0].name
-        return torch.cat([run(engine, **{name: one})[0] for one in given])
+    def _seamlessly(
+        self, half: OpenEngine, x: Tensor, margins: tuple[int, int], units: tuple[int, int]
+    ) -> Tensor:
+        """What a half makes of pictures, or of their latents, in tiles: its part before the
+        attention for all of them, then the one after it. `units`: places a latent before and after.
+        """
+        latents = (x.shape[-2] // units[0], x.shape[-1] // units[0])
+        with ExitStack() as stack:
+            part, pairs, found = half(BEFORE), [], []
+            channels = [int(spec.axes[1]) for spec in part.signature.outputs[:-1]]
+            for one in torch.split(x, 1):
+                maps = [stack.enter_context(Spilled(*latents, width)) for width in channels]
+                self._tiled(part, Held(one), margins[0], units[0], Stored(*maps))
+                features, query, key, value = maps
+                attend(query, key, value)
+                pairs.append((features, query))
+            part = half(AFTER)
+            for pair in pairs:
+                made = Made(latents, units[1])
+                self._tiled(part, Stored(*pair), margins[1], 1, made)
+                found.append(made.tensor)
+        return torch.cat(found)
 
-    def _tiled(self, half: OpenEngine, x: Tensor, margin: int, *, unit: int) -> Tensor:
-        """What the tiles' part of a half gives for one picture, `unit` places a latent."""
-        engine = half(TILE)
-        first, *_, statistics = engine.signature.inputs
+    def _tiled(
+        self, part: Engine, picture: Picture, margin: int, unit: int, result: Result
+    ) -> None:
+        """One picture through a part of a half, `unit` places a latent."""
+        *first, _, _, _, statistics = part.signature.inputs
         assert self._tile_side is not None, "was asked before"
         side = self._tile_side * unit // self._factor
-        height, width = (engine.signature.dim(d).nearest(side) for d in _SIDES)
+        height, width = (part.signature.dim(d).nearest(side) for d in _SIDES)
 
-        def one(part: Tensor, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor) -> Any:
+        def one(tile: Any, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor) -> Any:
+            feeds = {spec.name: each for spec, each in zip(first, tile, strict=True)}
             beside = {"rows": rows, "columns": columns, "own": own, "given": given}
-            return run(engine, **{first.name: part}, **beside)
+            *made, seen = run(part, **feeds, **beside)
+            return tuple(made), seen
 
         norms = tuple(int(axis) for axis in statistics.axes)
-        return in_seamless_tiles(one, x, Grid((height, width), unit, margin), norms)
+        in_seamless_tiles(one, picture, Grid((height, width), unit, margin), norms, result)
 
     def _called(self, engine: Engine, name: str, x: Tensor, *, pixels: int) -> Tensor:
         """The engine's only output, in tiles where those are wanted and `x` is larger than one.

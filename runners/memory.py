@@ -178,7 +178,7 @@ class Parts:
     seamless: bool = False
     """Whether pictures in tiles are what whole ones are; else tiles come last."""
     decoder_parts: tuple[PartMemory, ...] = ()
-    """Of the decoder in seamless tiles: its part of the whole picture, and that of tiles."""
+    """Of the decoder in seamless tiles: before its attention, and after it."""
     encoder_parts: tuple[PartMemory, ...] = ()
 
 
@@ -386,14 +386,12 @@ def _coded(
     """The peak of a half of the VAE, and what stays open of it: of two parts, the one that is last
     may be either, so the larger.
     """
-    tile = Shape(1, parts.tile**2, asked.tokens)
-    if not (way.tiled and pair):
-        shape = tile if way.tiled else Shape(way.batch, asked.pixels, asked.tokens)
-        return half.peak_bytes(shape), half.open_bytes(shape)
-    shapes = (Shape(1, asked.pixels, asked.tokens), tile)
-    both = list(zip(pair, shapes, strict=True))
-    peak = max(part.peak_bytes(shape) for part, shape in both)
-    return peak, max(part.open_bytes(shape) for part, shape in both)
+    shape = Shape(way.batch, asked.pixels, asked.tokens)
+    if way.tiled:
+        shape = Shape(1, parts.tile**2, asked.tokens)
+    open_parts = pair if way.tiled and pair else (half,)
+    peak = max(part.peak_bytes(shape) for part in open_parts)
+    return peak, max(part.open_bytes(shape) for part in open_parts)
 
 
 def _read(part: PartMemory, way: Way) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from profiles.errors import SpecError
 from runners.controls import ControlledUNet, ControlNet
 from runners.unets import TimestepUNet, unet_wrapper
-from runners.vae_parts import DecoderTile, DecoderWhole, EncoderTile, EncoderWhole
+from runners.vae_parts import DecoderAfter, DecoderBefore, EncoderAfter, EncoderBefore
 
 __all__ = ["WRAPPERS", "component_class", "component_from_config"]
 
@@ -271,11 +271,11 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "sd3_transformer": Sd3Transformer,
     "flux_transformer": FluxTransformer,
     "vae_decoder": VaeDecoder,
-    "vae_decoder_tile": DecoderTile,
-    "vae_decoder_whole": DecoderWhole,
+    "vae_decoder_after": DecoderAfter,
+    "vae_decoder_before": DecoderBefore,
     "vae_encoder": VaeEncoder,
-    "vae_encoder_tile": EncoderTile,
-    "vae_encoder_whole": EncoderWhole,
+    "vae_encoder_after": EncoderAfter,
+    "vae_encoder_before": EncoderBefore,
     "tiny_vae_encoder": TinyVaeEncoder,
 }
 """The wrappers by their names in families and manifests: each a calling convention."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["PARTS", "TILE", "WHOLE"]
+__all__ = ["AFTER", "BEFORE", "PARTS"]
 
-WHOLE = "whole"
-TILE = "tile"
-PARTS = (WHOLE, TILE)
-"""Forms of a half: what sees the whole picture, and what sees tiles (runners.vae_parts)."""
+BEFORE = "before"
+AFTER = "after"
+PARTS = (BEFORE, AFTER)
+"""Forms of a half: what comes before its attention, and what comes after it (runners.vae_parts)."""

@@ -1,8 +1,9 @@
-"""The halves of an AutoencoderKL in two parts each: one sees the whole picture, the other tiles.
+"""The halves of an AutoencoderKL in two parts each, which see tiles: before and after the middle
+block's attention.
 
-What mixes far places is the middle block's attention, which is small, and group norms. A part that
-sees tiles takes its norms' statistics from outside, and says what it saw itself: runners.seamless
-finds the statistics of the whole picture with that.
+What mixes far places is that attention and group norms. A part takes its norms' statistics from
+outside, and says what it saw itself: runners.seamless finds the statistics of the whole picture
+with that, and attends over all of it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "DecoderTile",
-    "DecoderWhole",
-    "EncoderTile",
-    "EncoderWhole",
-    "tile_norms",
-]
+from runners.part_names import AFTER, BEFORE
+
+__all__ = ["DecoderAfter", "DecoderBefore", "EncoderAfter", "EncoderBefore", "part_norms"]
 
 
-def tile_norms(module: Any) -> list[nn.GroupNorm]:
-    """The group norms of the part that sees tiles, of an AutoencoderKL with one half, in order."""
-    if module.encoder is None:
-        blocks = [*module.decoder.up_blocks, module.decoder.conv_norm_out]
-    else:
-        blocks = [*module.encoder.down_blocks]
+def part_norms(half: Any) -> dict[str, list[nn.GroupNorm]]:
+    """The group norms of both parts of an AutoencoderKL's decoder or encoder, in their order."""
+    first, second = half.mid_block.resnets
+    before = [first, half.mid_block.attentions[0].group_norm]
+    if hasattr(half, "up_blocks"):
+        return {
+            BEFORE: _norms(before),
+            AFTER: _norms([second, *half.up_blocks, half.conv_norm_out]),
+        }
+    before = [*half.down_blocks, *before]
+    return {BEFORE: _norms(before), AFTER: _norms([second, half.conv_norm_out])}
+
+
+def _norms(blocks: list[Any]) -> list[nn.GroupNorm]:
     return [one for block in blocks for one in block.modules() if isinstance(one, nn.GroupNorm)]
 
 
@@ -76,8 +81,8 @@ class _TileNorm(nn.Module):
 
 
 class _Tiled(nn.Module, ABC):
-    """picture's part, rows [height], columns [width], own [1], given [norms, 2, groups] -> what is
-    made of it, seen [norms, 2, groups].
+    """A part of a tile, then rows [height], columns [width], own [1], given [norms, 2, groups] ->
+    what is made of it, seen [norms, 2, groups].
 
     `rows` and `columns` are in latents, 1 where statistics are seen, 0 elsewhere: numbers that 16
     bits hold. A norm's statistics are a mean and a variance a group: own 0 takes those that are
@@ -85,100 +90,166 @@ class _Tiled(nn.Module, ABC):
     it.
     """
 
+    which: str
+    part: str
+
     def __init__(self, module: nn.Module) -> None:
+        """Wrap an AutoencoderKL and drop all but the part."""
         super().__init__()
         self.module: Any = module
-        self._drop()
-        wanted = set(tile_norms(module))
+        wanted = set(part_norms(self._half)[self.part])
         names = [name for name, layer in module.named_modules() if layer in wanted]
         self._norms = [_TileNorm(module.get_submodule(name)) for name in names]  # type: ignore[arg-type]
         for name, norm in zip(names, self._norms, strict=True):
             module.set_submodule(name, norm)
+        self._drop()
+
+    @property
+    def _half(self) -> Any:
+        return getattr(self.module, self.which)
 
     @abstractmethod
     def _drop(self) -> None:
         """Let the module hold nothing but the part."""
 
-    @abstractmethod
-    def _run(self, x: Tensor) -> Tensor:
-        """The part, of a tile."""
-
-    def forward(
-        self, x: Tensor, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Run one tile of one picture."""
+    def _seen(self, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor) -> _Norms:
+        """What the part's norms see from now on, one call long."""
         norms = _Norms(rows, columns, own, given)
         for norm in self._norms:
             norm.norms = norms
-        return self._run(x), torch.stack(norms.seen)
+        return norms
 
 
-class DecoderTile(_Tiled):
-    """A tile's features [1, channels, height, width] -> its image [1, 3, height * f, width * f]."""
+class _Before(_Tiled):
+    """x, ... -> features, query, key, value, each [1, channels, height/f, width/f], seen."""
+
+    part = BEFORE
+
+    def forward(
+        self, x: Tensor, rows: Tensor, columns: Tensor, own: Tensor, given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run one tile of one picture."""
+        norms = self._seen(rows, columns, own, given)
+        middle = self._half.mid_block
+        features = middle.resnets[0](self._begin(x), None)
+        attention = middle.attentions[0]
+        tokens = attention.group_norm(features).flatten(2).transpose(1, 2)
+        mixed = (
+            layer(tokens).transpose(1, 2).reshape(features.shape)
+            for layer in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        return features, *mixed, torch.stack(norms.seen)
+
+    @abstractmethod
+    def _begin(self, x: Tensor) -> Tensor:
+        """What the middle block is given."""
+
+
+class _After(_Tiled):
+    """features, attended [1, channels, height/f, width/f], ... -> what the half gives, seen."""
+
+    part = AFTER
+
+    def forward(
+        self,
+        features: Tensor,
+        attended: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        own: Tensor,
+        given: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one tile of one picture."""
+        norms = self._seen(rows, columns, own, given)
+        middle = self._half.mid_block
+        attention = middle.attentions[0]
+        added = attention.to_out[0](attended.flatten(2).transpose(1, 2))
+        x = added.transpose(1, 2).reshape(features.shape) + features
+        x = middle.resnets[1](x / attention.rescale_output_factor, None)
+        return self._end(x), torch.stack(norms.seen)
+
+    @abstractmethod
+    def _end(self, x: Tensor) -> Tensor:
+        """What the half makes of what the middle block gives."""
+
+
+class DecoderBefore(_Before):
+    """A tile's latent [1, channels, height, width] -> features, query, key, value, seen."""
+
+    which = "decoder"
 
     def _drop(self) -> None:
-        _dropped(self.module, "encoder", "quant_conv", "post_quant_conv")
-        _dropped(self.module.decoder, "conv_in", "mid_block")
+        _dropped(self.module, "encoder", "quant_conv")
+        _dropped(self._half, "up_blocks", "conv_norm_out", "conv_out")
+        _drop_end(self._half.mid_block)
 
-    def _run(self, x: Tensor) -> Tensor:
-        decoder = self.module.decoder
-        for block in decoder.up_blocks:
-            x = block(x)
-        found: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+    def _begin(self, x: Tensor) -> Tensor:
+        if self.module.post_quant_conv is not None:
+            x = self.module.post_quant_conv(x)
+        found: Tensor = self._half.conv_in(x)
         return found
 
 
-class DecoderWhole(nn.Module):
-    """latent [batch, channels, height, width] -> features [batch, channels, height, width]."""
+class DecoderAfter(_After):
+    """A tile's features, attended -> its image [1, 3, height * f, width * f], seen."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Wrap an AutoencoderKL and drop all but its decoder's beginning."""
-        super().__init__()
-        self.module: Any = module
-        _dropped(module, "encoder", "quant_conv")
-        _dropped(self.module.decoder, "up_blocks", "conv_norm_out", "conv_out")
+    which = "decoder"
 
-    def forward(self, latent: Tensor) -> tuple[Tensor]:
-        """Decode up to the middle."""
-        if self.module.post_quant_conv is not None:
-            latent = self.module.post_quant_conv(latent)
-        decoder = self.module.decoder
-        return (decoder.mid_block(decoder.conv_in(latent)),)
+    def _drop(self) -> None:
+        _dropped(self.module, "encoder", "quant_conv", "post_quant_conv")
+        _dropped(self._half, "conv_in")
+        _drop_beginning(self._half.mid_block)
+
+    def _end(self, x: Tensor) -> Tensor:
+        for block in self._half.up_blocks:
+            x = block(x)
+        found: Tensor = self._half.conv_out(self._half.conv_act(self._half.conv_norm_out(x)))
+        return found
 
 
-class EncoderTile(_Tiled):
-    """A tile's image [1, 3, height * f, width * f] -> its features [1, channels, height, width]."""
+class EncoderBefore(_Before):
+    """A tile's image [1, 3, height, width] -> features, query, key, value, seen."""
+
+    which = "encoder"
 
     def _drop(self) -> None:
         _dropped(self.module, "decoder", "quant_conv", "post_quant_conv")
-        _dropped(self.module.encoder, "mid_block", "conv_norm_out", "conv_out")
+        _dropped(self._half, "conv_norm_out", "conv_out")
+        _drop_end(self._half.mid_block)
 
-    def _run(self, x: Tensor) -> Tensor:
-        encoder = self.module.encoder
-        x = encoder.conv_in(x)
-        for block in encoder.down_blocks:
+    def _begin(self, x: Tensor) -> Tensor:
+        x = self._half.conv_in(x)
+        for block in self._half.down_blocks:
             x = block(x)
         return x
 
 
-class EncoderWhole(nn.Module):
-    """features [batch, channels, height, width] -> moments [batch, 2*channels, height, width]."""
+class EncoderAfter(_After):
+    """A tile's features, attended -> its moments [1, 2 * channels, height, width], seen."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Wrap an AutoencoderKL and drop all but its encoder's end."""
-        super().__init__()
-        self.module: Any = module
-        _dropped(module, "decoder", "post_quant_conv")
-        _dropped(self.module.encoder, "conv_in", "down_blocks")
+    which = "encoder"
 
-    def forward(self, features: Tensor) -> tuple[Tensor]:
-        """Encode from the middle on."""
-        encoder = self.module.encoder
-        moments = encoder.mid_block(features)
-        moments = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(moments)))
+    def _drop(self) -> None:
+        _dropped(self.module, "decoder", "post_quant_conv")
+        _dropped(self._half, "conv_in", "down_blocks")
+        _drop_beginning(self._half.mid_block)
+
+    def _end(self, x: Tensor) -> Tensor:
+        moments: Tensor = self._half.conv_out(self._half.conv_act(self._half.conv_norm_out(x)))
         if self.module.quant_conv is not None:
             moments = self.module.quant_conv(moments)
-        return (moments,)
+        return moments
+
+
+def _drop_end(middle: Any) -> None:
+    """What comes after the attention."""
+    middle.resnets[1] = middle.attentions[0].to_out = nn.Identity()
+
+
+def _drop_beginning(middle: Any) -> None:
+    """What comes before the attention's last linear."""
+    middle.resnets[0] = nn.Identity()
+    _dropped(middle.attentions[0], "group_norm", "to_q", "to_k", "to_v")
 
 
 def _dropped(module: Any, *names: str) -> None:

@@ -168,12 +168,14 @@ def _facts(block: nn.Module) -> dict[str, list[Any]]:
 def watch_calls(typed: Typed, kinds: list[Kind], signature: Signature, device: str = "cpu") -> None:
     """Run the component at two sizes, and keep how the first block of each kind is called.
 
-    Raises BuildError where blocks of one kind are called in different ways.
+    The second is twice the first, so that a level which halves sides sees other ones too: what
+    doesn't change is compiled as it was. Raises BuildError where blocks of one kind are called in
+    different ways.
     """
     wrapper = typed.wrapper
     sizes = traced_sizes(signature)
-    steps = {dim.name: 0 if dim.fixed else dim.multiple_of for dim in signature.dims}
-    other = {name: size + steps[name] for name, size in sizes.items()}
+    doubled = {dim.name: sizes[dim.name] * (1 if dim.fixed else 2) for dim in signature.dims}
+    other = {dim.name: dim.following(doubled) for dim in signature.dims}
     handles = [
         wrapper.get_submodule(name).register_forward_hook(_keeper(kind, name), with_kwargs=True)
         for kind in kinds

@@ -60,7 +60,7 @@ class Outline:
     live: Mapping[Feature, float] = field(default_factory=dict)
     """Numbers alive at the widest point, by feature; pixels are the picture's."""
     parts: tuple[Outline, ...] = ()
-    """Of a VAE's half in seamless tiles: what sees the whole picture, and what sees tiles."""
+    """Of a VAE's half in seamless tiles: before its attention, and after it."""
 
 
 def plain(parameters: int) -> Counted:
@@ -164,19 +164,19 @@ def vae_outlines(vae: Config) -> dict[str, Outline]:
 
     The widest point is at the picture's own resolution: what the decoder's last block is given by
     the level before, upsampled, convolved and normed; in the encoder's first block the like. That
-    of the middle block is its attention, at a latent's: what it is given, normed, and queries, keys
-    and values.
+    of the middle block is before its attention, at a latent's: what it is given, normed, and
+    queries, keys and values.
     """
     if vae.get("_class_name") == TINY:
         return _tiny_outlines(vae)
     channels = [int(width) for width in vae["block_out_channels"]]
     latents, layers = int(vae["latent_channels"]), int(vae.get("layers_per_block", 1))
     pictures, top = int(vae.get("out_channels", 3)), channels[-1]
-    middle = resnet(top, top) * 2
+    above = below = resnet(top, top)
     if vae.get("mid_block_add_attention", True):
-        middle += linear(top, top) * 4 + plain(2 * top)
-    first = middle + convolution(latents, top)
-    last = total([middle, plain(2 * top), convolution(top, 2 * latents)])
+        above, below = above + linear(top, top) * 3 + plain(2 * top), below + linear(top, top)
+    first = convolution(latents, top)
+    last = plain(2 * top) + convolution(top, 2 * latents)
     if vae.get("use_post_quant_conv", True):
         first += convolution(latents, latents, 1)
     if vae.get("use_quant_conv", True):
@@ -195,16 +195,23 @@ def vae_outlines(vae: Config) -> dict[str, Outline]:
             before = width
     wide = channels[min(1, len(channels) - 1)]
     seen: dict[Feature, float] = {"pixels": 5 * top / 4 ** (len(channels) - 1)}
+    images: list[dict[Feature, float]] = [
+        {"pixels": 3 * width + pictures} for width in (wide, channels[0])
+    ]
     return {
-        "vae_decoder": _halved(first, seen, total(decoder), {"pixels": 3 * wide + pictures}),
-        "vae_encoder": _halved(last, seen, total(encoder), {"pixels": 3 * channels[0] + pictures}),
+        "vae_decoder": _halved(
+            Outline(above + first, seen), Outline(below + total(decoder), images[0])
+        ),
+        "vae_encoder": _halved(
+            Outline(above + total(encoder), images[1]), Outline(below + last, seen)
+        ),
     }
 
 
-def _halved(
-    middle: Counted, seen: Mapping[Feature, float], blocks: Counted, live: Mapping[Feature, float]
-) -> Outline:
-    return Outline(middle + blocks, live, (Outline(middle, seen), Outline(blocks, live)))
+def _halved(before: Outline, after: Outline) -> Outline:
+    """Both parts at once; at the picture's own resolution most is alive."""
+    live = max(before.live, after.live, key=lambda one: one["pixels"])
+    return Outline(before.counted + after.counted, live, (before, after))
 
 
 def _tiny_outlines(vae: Config) -> dict[str, Outline]:

@@ -13,7 +13,7 @@ from optimizer.describe import plan_text
 from optimizer.plan import Plan
 from optimizer.recipe import Recipe
 from optimizer.tile_form import part_signatures
-from optimizer.tile_graph import cut_whole
+from optimizer.tile_graph import cut_before
 from optimizer.vae_config import splits
 from profiles.errors import BuildError
 from runners.signature import Signature
@@ -33,7 +33,7 @@ def test_both_halves_are_cut_where_pictures_may_be_larger_than_a_tile(
     tiny_model: Path, backend: str
 ) -> None:
     plan = _planned(tiny_model, backend=backend)
-    assert _forms(plan) == {("whole", "tile")}
+    assert _forms(plan) == {("before", "after")}
     assert "tiles: seamless ones of 64 px" in plan_text(plan)
 
 
@@ -53,6 +53,7 @@ def test_blocks_with_attention_are_not_cut() -> None:
     config = {"_class_name": "AutoencoderKL", "up_block_types": ["UpDecoderBlock2D"]}
     assert splits(config)
     assert not splits({**config, "down_block_types": ["AttnDownEncoderBlock2D"]})
+    assert not splits({**config, "mid_block_add_attention": False})  # nothing to cut at
 
 
 def _axes(signature: Signature) -> dict[str, tuple[int | str, ...]]:
@@ -63,30 +64,43 @@ def test_parts_take_and_give_what_the_half_does(tiny_model: Path) -> None:
     plan = _planned(tiny_model)
     config = {"block_out_channels": [16, 32, 32], "norm_num_groups": 8}
     jobs = {job.spec.role: job for job in plan.jobs}
+    norms = {"before": 3, "after": 5}
     decoder, encoder = (
-        part_signatures(jobs[role], config, norms=5) for role in ("vae_decoder", "vae_encoder")
+        part_signatures(jobs[role], config, norms=norms) for role in ("vae_decoder", "vae_encoder")
     )
-    assert _axes(decoder["whole"]) == {
-        "latent": ("batch", 4, "height", "width"),
-        "features": ("batch", 32, "height", "width"),
+    own = {"own": (1,)}
+    before, after = (
+        {**own, "given": (count, 2, 8), "seen": (count, 2, 8)} for count in norms.values()
+    )
+    sides = {"rows": ("height",), "columns": ("width",)}
+    map_ = (1, 32, "height", "width")
+    assert _axes(decoder["before"]) == {
+        "latent": (1, 4, "height", "width"),
+        **dict.fromkeys(("features", "query", "key", "value"), map_),
+        **sides,
+        **before,
     }
-    statistics = {"own": (1,), "given": (5, 2, 8), "seen": (5, 2, 8)}
-    assert _axes(decoder["tile"]) == {
-        "features": (1, 32, "height", "width"),
-        "rows": ("height",),
-        "columns": ("width",),
+    assert _axes(decoder["after"]) == {
+        **dict.fromkeys(("features", "attended"), map_),
         "image": (1, 3, "out_height", "out_width"),
-        **statistics,
+        **sides,
+        **after,
     }
-    assert _axes(encoder["tile"]) == {
+    assert _axes(encoder["before"]) == {
         "image": (1, 3, "height", "width"),
+        **dict.fromkeys(("features", "query", "key", "value"), (1, 32, "out_height", "out_width")),
         "rows": ("rows",),
         "columns": ("columns",),
-        "features": (1, 32, "out_height", "out_width"),
-        **statistics,
+        **before,
     }
-    assert encoder["tile"].dim("rows").following({"height": 64}) == 16
-    assert (encoder["whole"].dim("height").min, encoder["whole"].dim("height").max) == (8, 64)
+    assert _axes(encoder["after"]) == {
+        **dict.fromkeys(("features", "attended"), map_),
+        "moments": (1, 8, "out_height", "out_width"),
+        **sides,
+        **after,
+    }
+    assert encoder["before"].dim("rows").following({"height": 64}) == 16
+    assert (encoder["after"].dim("height").min, encoder["after"].dim("height").max) == (8, 64)
 
 
 def test_a_graph_that_cannot_be_cut_is_named(tiny_model: Path) -> None:
@@ -94,5 +108,5 @@ def test_a_graph_that_cannot_be_cut_is_named(tiny_model: Path) -> None:
     node = ir.node("Relu", [x])
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23})
     signature = _planned(tiny_model).jobs[0].signature
-    with pytest.raises(BuildError, match=r"has no up_blocks\.0\.resnets\.0\.conv1"):
-        cut_whole(ir.Model(graph, ir_version=10), "decoder", signature, factor=4)
+    with pytest.raises(BuildError, match=r"decoder has 0 attentions in its graph"):
+        cut_before(ir.Model(graph, ir_version=10), "decoder", signature)

@@ -24,6 +24,7 @@ from runners.engines.aoti_blocks import insert_blocks
 from runners.engines.eager import EagerEngine, eager_state
 from runners.lora_inputs import compiled_ranks
 from runners.lowered import processor_product
+from runners.modules import WRAPPERS
 from runners.quantized import insert_quantized
 from runners.signature import Dim, Signature, TensorSpec
 
@@ -114,6 +115,42 @@ def test_blocks_of_a_kind_are_found_by_their_classes_own_list(
     assert [len(kind.blocks) for kind in kinds] == [2, 3]
     assert kinds[1].weights["proj_mlp.codes"] == ["uint8", [128 * 32 // 2]]
     assert all(len(kind.calls) == 2 for kind in kinds)
+
+
+def test_sides_of_all_of_a_unet_s_levels_are_dynamic() -> None:
+    """Also where a level's halves of both sizes could have been rounded to the same."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16, 24),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+    )
+    sides = (Dim(name="height", min=8, opt=32, max=64), Dim(name="width", min=8, opt=32, max=64))
+    batch = Dim(name="batch", min=1, opt=1, max=4)
+    sample = TensorSpec(name="sample", dtype="float32", axes=("batch", 4, "height", "width"))
+    signature = Signature(
+        inputs=(
+            sample,
+            TensorSpec(name="time_features", dtype="float32", axes=("batch", 8)),
+            TensorSpec(name="text", dtype="float32", axes=("batch", 5, 8)),
+        ),
+        outputs=(sample,),
+        dims=(batch, *sides),
+    )
+    typed = Typed(WRAPPERS["unet"](unet), torch.float32)
+    kinds = find_kinds(typed)
+    watch_calls(typed, kinds, signature)
+    assert len(kinds) == 3
+    for kind in kinds:
+        first, second = (call[0].shape for call in kind.calls)  # [batch, places, channels]
+        assert first[0] != second[0]
+        assert first[1] != second[1]
 
 
 def test_a_component_without_repeated_blocks_is_one_block() -> None:

@@ -68,10 +68,10 @@ def test_seamless_tiles_come_before_engines_in_turn() -> None:
     ]
 
 
-@pytest.mark.parametrize(("tile", "peak"), [(50, 100 + 10 + 2 * 32 * 32), (5000, 5000 + 10)])
-def test_the_larger_part_of_a_half_counts_in_seamless_tiles(tile: int, peak: int) -> None:
-    """One is open at a time, and one picture at a time goes through it, whatever the batch is."""
-    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(tile)))
+@pytest.mark.parametrize(("after", "peak"), [(50, 100 + 10 + 2 * 16 * 16), (5000, 5000 + 10)])
+def test_the_larger_part_of_a_half_counts_in_seamless_tiles(after: int, peak: int) -> None:
+    """One is open at a time, and one tile at a time goes through it, however large the picture."""
+    cut = replace(PARTS, seamless=True, decoder_parts=(part(100, 1.0), part(after)))
     row = rows(cut, Asked(32, 32, 2), residency="sequential", tiled=True)[0]
     assert row.stages[-1].peak_bytes == 1000 + peak + 2 * 3 * 32 * 32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from runners.adapters import VaeAdapter
 from runners.metadata import read_metadata
-from runners.seamless import Grid, in_seamless_tiles, margin_of
+from runners.seamless import Grid, Held, Made, in_seamless_tiles, margins_of
+from runners.signature import Signature
 from tests.conftest import Kiln, MakeBundle
 
 REFERENCE = Path(__file__).parents[2] / "benchmarks" / "reference_model"
@@ -82,7 +85,7 @@ def test_one_part_is_open_at_a_time(pipeline: Any, vae: Any) -> None:
     forms = pipeline.kiln._open._forms
     vae.enable_tiling()
     vae.decode(_uneven(4, SIDE // 4)[:1])
-    assert forms["vae_decoder"] == "tile"
+    assert forms["vae_decoder"] == "after"
     vae.decode(_uneven(4, 16)[:1])  # no larger than a tile
     assert forms["vae_decoder"] == ""
 
@@ -106,58 +109,73 @@ def test_the_command_draws_in_tiles_what_it_draws_whole(
     assert np.abs(pictures[1] - pictures[0]).mean() < 1
 
 
-def test_latents_of_16_channels_without_convolutions_around_them() -> None:
-    """As those of SD3 and FLUX.1 are."""
-    from diffusers import AutoencoderKL
+class _ModuleEngine:
+    """A part of a half in torch, called as an engine is."""
 
-    from runners.vae_parts import DecoderTile, DecoderWhole, tile_norms
+    def __init__(self, module: Any, signature: Signature) -> None:
+        self.module, self.signature = module, signature
+
+    def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        tensors = (torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs)
+        with torch.inference_mode():
+            found = self.module(*tensors)
+        names = (spec.name for spec in self.signature.outputs)
+        return {name: each.numpy() for name, each in zip(names, found, strict=True)}
+
+
+def _in_torch(model: Any, folder: Path, side: int) -> VaeAdapter:
+    """The decoder of an AutoencoderKL in its two parts, in tiles of `side` px."""
+    from optimizer.compile import plan_recipe
+    from optimizer.recipe import Recipe
+    from optimizer.tile_form import part_signatures
+    from runners.vae_parts import DecoderAfter, DecoderBefore, part_norms
+    from tests.tiny_pipelines import tiny_sd
+
+    plan, *_ = plan_recipe(Recipe.model_validate({"model": str(tiny_sd(folder))}))
+    job = next(job for job in plan.jobs if job.spec.role == "vae_decoder")
+    norms = {name: len(found) for name, found in part_norms(model.decoder).items()}
+    signatures = part_signatures(job, model.config, norms=norms)
+    engines = {
+        form: _ModuleEngine(wrapper(copy.deepcopy(model)), signatures[form])
+        for form, wrapper in (("before", DecoderBefore), ("after", DecoderAfter))
+    }
+
+    def opened(form: str = "") -> Any:
+        return engines[form]
+
+    config = {**model.config, "_class_name": "AutoencoderKL"}
+    vae = VaeAdapter(config, encoder=opened, decoder=opened, tile_side=side, seamless=True)
+    vae.enable_tiling()
+    return vae
+
+
+def test_latents_of_16_channels_without_convolutions_around_them(tmp_path: Path) -> None:
+    """As those of SD3 and FLUX.1 are."""
     from tests.tiny_pipelines import tiny_vae
 
     torch.manual_seed(0)
     model = tiny_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False).eval()
-    halves = []
-    for _ in range(3):
-        half = AutoencoderKL.from_config(model.config).eval()
-        half.load_state_dict(model.state_dict())
-        half.encoder = None
-        halves.append(half)
-    norms = (len(tile_norms(halves[0])), 2, model.config.norm_num_groups)
-    grid = Grid((16, 16), 1, margin_of(model.config, encodes=False))
+    latents = _uneven(16, SIDE // 4)[:1]
     with torch.inference_mode():
-        latents = _uneven(16, SIDE // 4)[:1]
         whole = _pixels(model.decode(latents).sample)
-        (features,) = DecoderWhole(halves[1])(latents)
-        tiled = _pixels(in_seamless_tiles(DecoderTile(halves[2]), features, grid, norms))
+    tiled = _pixels(_in_torch(model, tmp_path / "tiny", SIDE // 2).decode(latents).sample)
     assert whole.std() > 10
     assert np.abs(tiled - whole).mean() < 1
 
 
-def test_trained_weights_leave_no_seams() -> None:
+def test_trained_weights_leave_no_seams(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
-    from runners.vae_parts import DecoderTile, DecoderWhole, tile_norms
-
-    def halved() -> Any:
-        module = AutoencoderKL.from_pretrained(REFERENCE / "model" / "vae").eval()
-        module.encoder = None
-        return module
-
     model = AutoencoderKL.from_pretrained(REFERENCE / "model" / "vae").eval()
-    norms = (len(tile_norms(halved())), 2, model.config.norm_num_groups)
-    margin = margin_of(model.config, encodes=False)
     with torch.inference_mode():
         latents = model.encode(_sheet(SIDE)).latent_dist.mean
         whole = _pixels(model.decode(latents).sample)
-        (features,) = DecoderWhole(halved())(latents)
-        tile = DecoderTile(halved())
-        tiled = _pixels(in_seamless_tiles(tile, features, Grid((16, 16), 1, margin), norms))
+    tiled = _pixels(_in_torch(model, tmp_path / "tiny", SIDE // 2).decode(latents).sample)
     apart = np.abs(tiled - whole)
     assert apart.mean() < 0.15
     assert apart.max() < 3
-    beside = np.zeros(SIDE, bool)  # tiles of 64 px begin at 0, 32 and 64: cores meet at 48 and 80
-    beside[[47, 48, 79, 80]] = True
     steps, plain = (np.abs(np.diff(image, axis=-1)) for image in (tiled, whole))
-    across = (beside[1:] & beside[:-1]).nonzero()[0]
+    across = [39, 59, 83]  # tiles of 64 px begin at 0, 20, 40 and 64: where their cores meet
     assert np.abs(steps - plain)[..., across].mean() < 0.15
     assert plain[..., across].mean() > 1  # there was something to see
 
@@ -173,30 +191,33 @@ def test_without_norms_it_is_exact_beyond_what_convolutions_reach() -> None:
     x = torch.randn(1, 3, 37, 50, generator=torch.Generator().manual_seed(0))
     kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(1))
 
-    def decode(part: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        made = functional.conv2d(part, kernel, padding=1)
-        return functional.interpolate(made, scale_factor=4), torch.ones(1, 2, 1)
+    def decode(part: tuple[Tensor], *_: Tensor) -> tuple[tuple[Tensor], Tensor]:
+        made = functional.conv2d(part[0], kernel, padding=1)
+        return (functional.interpolate(made, scale_factor=4),), torch.ones(1, 2, 1)
 
-    found = in_seamless_tiles(decode, x, Grid((16, 16), 1, 2), (1, 2, 1))
-    torch.testing.assert_close(found, decode(x)[0], rtol=0, atol=1e-5)
+    found = Made((37, 50), 4)
+    in_seamless_tiles(decode, Held(x), Grid((16, 16), 1, 2), (1, 2, 1), found)
+    torch.testing.assert_close(found.tensor, decode((x,))[0][0], rtol=0, atol=1e-5)
 
 
 def test_statistics_that_never_settle_end_after_some_rounds() -> None:
     rounds = 0
 
-    def decode(part: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(part: tuple[Tensor], *_: Tensor) -> tuple[tuple[Tensor], Tensor]:
         nonlocal rounds
         rounds += 1
         return part, torch.tensor([[[float(rounds)], [1.0]]])
 
-    x = torch.zeros(1, 1, 20, 20)
-    found = in_seamless_tiles(decode, x, Grid((16, 16), 1, 4), (1, 2, 1))
-    torch.testing.assert_close(found, x)
+    x, found = torch.zeros(1, 1, 20, 20), Made((20, 20), 1)
+    in_seamless_tiles(decode, Held(x), Grid((16, 16), 1, 4), (1, 2, 1), found)
+    torch.testing.assert_close(found.tensor, x)
     assert rounds <= 40
 
 
-@pytest.mark.parametrize(("encodes", "margin"), [(False, 8), (True, 6)])
-def test_the_margin_goes_by_how_far_convolutions_reach(margin: int, *, encodes: bool) -> None:
-    """Stable Diffusion's reach 13 latents in the decoder, 9 in the encoder."""
+@pytest.mark.parametrize(("encodes", "margins"), [(False, (3, 10)), (True, (7, 3))])
+def test_the_margins_go_by_how_far_convolutions_reach(
+    margins: tuple[int, int], *, encodes: bool
+) -> None:
+    """Stable Diffusion's reach 15 latents in the decoder, 11 in the encoder, 2 in the middle."""
     config = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-    assert margin_of(config, encodes=encodes) == margin
+    assert margins_of(config, encodes=encodes) == margins

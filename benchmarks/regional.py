@@ -1,8 +1,8 @@
 """Compiling repeated blocks once against compiling a component whole: time, speed and numbers.
 
-Full-size denoisers take hours to compile whole on a desk's processor, so what is measured has the
-depth and the kinds of blocks of the real ones at small widths: time to compile grows with blocks,
-not with widths.
+What is measured has the depth and the kinds of blocks of the real denoisers at smaller widths, so
+that both fit a desk's memory: time to compile grows with blocks, not with widths. Each way is built
+in a process of its own, as `kiln compile` does: what is paid once in a process counts for both.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optimizer.progress import Progress, Steps
+from optimizer.progress import Progress
 from runners.console import Console
 from runners.signature import Dim, Signature, TensorSpec
 
-__all__ = ["MODELS", "compare_regional", "lines", "measure"]
+__all__ = ["MODELS", "build_one", "lines", "measure", "run_both"]
 
-_ROUNDS = 15
+_BACKENDS = ("aoti-blocks", "aoti")
+_ROUNDS = 9
 
 _FLUX = {
-    "attention_head_dim": 32,
-    "axes_dims_rope": [8, 12, 12],
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
     "in_channels": 64,
-    "joint_attention_dim": 256,
-    "num_attention_heads": 8,
-    "num_layers": 7,
-    "num_single_layers": 14,
-    "pooled_projection_dim": 64,
+    "joint_attention_dim": 640,
+    "num_attention_heads": 4,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "pooled_projection_dim": 128,
 }
-"""A third of FLUX.1's blocks (19 and 38), a twelfth of its width."""
+"""All of FLUX.1's blocks, a sixth of its width."""
 
 _UNET = {
     "attention_head_dim": 4,
@@ -62,11 +63,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Signature]] = {
         Signature(
             inputs=(
                 _spec("hidden_states", "batch", "sequence", 64),
-                _spec("encoder_hidden_states", "batch", "tokens", 256),
-                _spec("pooled_projections", "batch", 64),
+                _spec("encoder_hidden_states", "batch", "tokens", 640),
+                _spec("pooled_projections", "batch", 128),
                 _spec("time_features", "batch", 256),
-                _spec("img_rope", "sequence", 64),
-                _spec("txt_rope", "tokens", 64),
+                _spec("img_rope", "sequence", 256),
+                _spec("txt_rope", "tokens", 256),
             ),
             outputs=(_spec("out", "batch", "sequence", 64),),
             dims=(_BATCH, Dim(name="sequence", min=16, opt=1024, max=4096), _TOKENS),
@@ -96,7 +97,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Signature]] = {
 
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
-    """Every model of `MODELS`, each in a process of its own."""
+    """Every model of `MODELS`, each stage in a process of its own."""
     import psutil
 
     from optimizer.worker import run_stage
@@ -104,13 +105,15 @@ def measure(console: Console, _out: Path) -> dict[str, Any]:
     threads = psutil.cpu_count(logical=False) or 1
     found = {}
     for name in MODELS:
-        with (
-            tempfile.TemporaryDirectory() as private,
-            console.stage(f"Compile {name}, whole and by its blocks") as stage,
-        ):
-            arguments = (name, threads, Path(private))
-            target = "benchmarks.regional:compare_regional"
-            run_stage(target, arguments, progress=stage.progress)
+        with tempfile.TemporaryDirectory() as private:
+            for backend in _BACKENDS:
+                with console.stage(f"Compile {name} by {backend}") as stage:
+                    arguments: tuple[Any, ...] = (name, backend, threads, Path(private))
+                    target = "benchmarks.regional:build_one"
+                    run_stage(target, arguments, progress=stage.progress)
+            with console.stage(f"Run {name} in both ways") as stage:
+                arguments = (name, threads, Path(private))
+                run_stage("benchmarks.regional:run_both", arguments, progress=stage.progress)
             found[name] = json.loads((Path(private) / "regional.json").read_text("utf-8"))
     return {"models": found}
 
@@ -128,55 +131,78 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def compare_regional(name: str, threads: int, out: Path, progress: Progress) -> None:
-    """Write regional.json into `out`: seconds to build (also the processors', compilers included,
-    which a busy machine changes less) and milliseconds a call of each way.
+def build_one(name: str, backend: str, threads: int, out: Path) -> None:
+    """Write the package into a folder of `out`, and BACKEND.json: its row so far and what its
+    engine is opened with. Seconds are also the processors', compilers included, which a busy
+    machine changes less.
     """
     import torch
 
-    cls, config, wrapper, signature = MODELS[name]
-    steps = Steps(progress, 3)
+    from optimizer.backends import How, builder
+
     torch.set_num_threads(threads)
-    source = out / "source"
+    cls, config, wrapper, signature = MODELS[name]
+    source, folder = out / f"{backend}-source", out / backend
     source.mkdir()
-    component = _write_source(cls, config, source)
-    rows: dict[str, dict[str, Any]] = {}
-    engines = {}
-    for backend in ("aoti-blocks", "aoti"):
-        folder = out / backend
-        folder.mkdir()
-        rows[backend], engines[backend] = _built(backend, wrapper, signature, source, folder)
-        steps.advance()
-    document = {
+    folder.mkdir()
+    _write_source(_component(cls, config), source)
+    how = How(backend, "fp32", "denoiser", wrapper, signature)
+    start, before = time.perf_counter(), os.times()
+    built = builder(backend).build(source, folder, how, lambda _done, _total: None)
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - sum(before[:4])
+    code = sum((folder / f).stat().st_size for r, f in built.files.items() if "package" in r)
+    row = {"build_seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "code_bytes": code}
+    document = {"row": row, "files": built.files, "properties": built.properties}
+    (out / f"{backend}.json").write_text(json.dumps(document), "utf-8")
+
+
+def run_both(name: str, threads: int, out: Path, progress: Progress) -> None:
+    """Write regional.json into `out`: what `build_one` found, and milliseconds a call of each."""
+    import torch
+
+    torch.set_num_threads(threads)
+    cls, config, wrapper, signature = MODELS[name]
+    component = _component(cls, config)
+    rows, engines = {}, {}
+    for backend in _BACKENDS:
+        document = json.loads((out / f"{backend}.json").read_text("utf-8"))
+        rows[backend], engines[backend] = (
+            document["row"],
+            _engine(document, out, backend, signature),
+        )
+    found = {
         "parameters": sum(p.numel() for p in component.parameters()),
         "blocks": _block_count(component),
         "threads": threads,
-        "rows": _timed(component, wrapper, signature, engines, rows, threads),
+        "rows": _timed(component, wrapper, signature, engines, rows, threads, progress),
     }
     whole, blocks = rows["aoti"], rows["aoti-blocks"]
-    document["build_ratio"] = round(blocks["build_seconds"] / whole["build_seconds"], 3)
-    document["cpu_ratio"] = round(blocks["cpu_seconds"] / whole["cpu_seconds"], 3)
-    document["speed_ratio"] = round(whole["ms"] / blocks["ms"], 3)
-    (out / "regional.json").write_text(json.dumps(document), "utf-8")
-    steps.advance()
+    found["build_ratio"] = round(blocks["build_seconds"] / whole["build_seconds"], 3)
+    found["cpu_ratio"] = round(blocks["cpu_seconds"] / whole["cpu_seconds"], 3)
+    found["speed_ratio"] = round(whole["ms"] / blocks["ms"], 3)
+    (out / "regional.json").write_text(json.dumps(found), "utf-8")
 
 
-def _write_source(cls: str, config: dict[str, Any], source: Path) -> Any:
-    """Seeded random weights, as the compile pipeline stores a component for its backends."""
+def _component(cls: str, config: dict[str, Any]) -> Any:
+    """Seeded random weights."""
     import diffusers
-    import safetensors.torch
     import torch
+
+    torch.manual_seed(0)
+    return getattr(diffusers, cls)(**config).eval()
+
+
+def _write_source(component: Any, source: Path) -> None:
+    """As the compile pipeline stores a component for its backends."""
+    import safetensors.torch
 
     from runners.engines.eager import eager_state
 
-    torch.manual_seed(0)
-    component = getattr(diffusers, cls)(**config).eval()
     layers, state = eager_state(component)
     safetensors.torch.save_file(state, source / "weights.safetensors")
     (source / "layers.json").write_text(json.dumps(layers), "utf-8")
-    document = {**component.config, "_class_name": cls}
+    document = {**component.config, "_class_name": type(component).__name__}
     (source / "config.json").write_text(json.dumps(document), "utf-8")
-    return component
 
 
 def _block_count(component: Any) -> int:
@@ -184,24 +210,13 @@ def _block_count(component: Any) -> int:
     return sum(type(part).__name__ in names for part in component.modules())
 
 
-def _built(
-    backend: str, wrapper: str, signature: Signature, source: Path, folder: Path
-) -> tuple[dict[str, Any], Any]:
-    """The engine's row so far, and the engine."""
-    from optimizer.backends import How, builder
+def _engine(document: dict[str, Any], out: Path, backend: str, signature: Signature) -> Any:
     from runners.engines import engine_class
 
-    how = How(backend, "fp32", "denoiser", wrapper, signature)
-    start, before = time.perf_counter(), os.times()
-    built = builder(backend).build(source, folder, how, lambda _done, _total: None)
-    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - sum(before[:4])
-    files = {role: bytearray((folder / name).read_bytes()) for role, name in built.files.items()}
-    code = sum(len(raw) for role, raw in files.items() if role.startswith("package"))
-    engine = engine_class(backend)(
-        files, signature=signature, properties=built.properties, threads=1
+    files = {r: bytearray((out / backend / f).read_bytes()) for r, f in document["files"].items()}
+    return engine_class(backend)(
+        files, signature=signature, properties=document["properties"], threads=1
     )
-    row = {"build_seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "code_bytes": code}
-    return row, engine
 
 
 def _timed(
@@ -211,6 +226,7 @@ def _timed(
     engines: dict[str, Any],
     rows: dict[str, dict[str, Any]],
     threads: int,
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """The rows with times, all called in turn at the native size, and what each loses to eager."""
     import numpy as np
@@ -243,7 +259,7 @@ def _timed(
     wanted = eager()
     for name in engines:
         rows[name]["sqnr_db"] = round(sqnr_db([(wanted, calls[name]())]), 1)
-    times = _interleaved(calls)
+    times = _interleaved(calls, progress)
     for engine in engines.values():
         engine.close()
     rows["eager"] = {}
@@ -256,7 +272,7 @@ def _first_output(engine: Any, feeds: Mapping[str, Any]) -> Any:
     return next(iter(engine(feeds).values()))
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def _interleaved(calls: dict[str, Callable[[], Any]], progress: Progress) -> dict[str, float]:
     """Median milliseconds of each, called in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(_ROUNDS + 1):
@@ -265,4 +281,5 @@ def _interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
             call()
             if round_:
                 times[name].append(time.perf_counter() - start)
+        progress(round_, _ROUNDS)
     return {name: round(1000 * statistics.median(found), 2) for name, found in times.items()}

@@ -254,7 +254,7 @@ class VaeAdapter(Adapter):
                 made = Made(latents, units[1])
                 self._tiled(part, Stored(*pair), margins[1], 1, made)
                 found.append(made.tensor)
-        return torch.cat(found)
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _tiled(
         self, part: Engine, picture: Picture, margin: int, unit: int, result: Result

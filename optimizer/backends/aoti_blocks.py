@@ -191,7 +191,8 @@ def _keeper(kind: Kind, name: str) -> Callable[..., None]:
     """A hook that keeps how a block is called, and of the first one what with."""
 
     def keep(_block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tensors, spec, rest = flat_call(args, kwargs)
+        tensors, nested, rest = flat_call(args, kwargs)
+        spec = pytree.treespec_dumps(nested)
         out = pytree.treespec_dumps(pytree.tree_flatten(output)[1])
         if kind.spec and (kind.spec, kind.rest, kind.out) != (spec, rest, out):
             raise BuildError(f"{name} is called otherwise than {kind.blocks[0]}.")

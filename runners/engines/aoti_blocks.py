@@ -90,13 +90,13 @@ class Block(nn.Module):
         """
         super().__init__()
         self._package, self._weights, self._matrices = package, list(weights), matrices
-        self._spec, self._rest = kind["spec"], kind["rest"]
+        self._spec, self._rest = pytree.treespec_loads(kind["spec"]), kind["rest"]
         self._out = pytree.treespec_loads(kind["out"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives; BundleError where it is called otherwise than when exported."""
         tensors, spec, rest = flat_call(args, kwargs)
-        if (spec, rest) != (self._spec, self._rest):
+        if spec != self._spec or rest != self._rest:
             raise BundleError(
                 "The component calls its blocks otherwise than when it was compiled: install the "
                 "versions that `kiln inspect` lists, or compile the bundle again."
@@ -106,12 +106,12 @@ class Block(nn.Module):
         return pytree.tree_unflatten(found, self._out)
 
 
-def flat_call(args: Any, kwargs: Any) -> tuple[list[Tensor], str, list[str]]:
-    """A call's tensors, and the rest of it as data: how they are nested, and what isn't one."""
+def flat_call(args: Any, kwargs: Any) -> tuple[list[Tensor], pytree.TreeSpec, list[str]]:
+    """A call's tensors, how they are nested, and what isn't one, as its repr."""
     leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     rest = ["tensor" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-    return tensors, pytree.treespec_dumps(spec), rest
+    return tensors, spec, rest
 
 
 def insert_blocks(

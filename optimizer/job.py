@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optimizer.backends import BACKENDS, How
+from optimizer.backends import How
 from optimizer.backends import backend as backend_named
 from optimizer.families.base import ComponentSpec
 from optimizer.legality import require_formats
@@ -24,7 +24,7 @@ from optimizer.recipe import Recipe
 from optimizer.sizes import compile_bytes, layer_shapes, predicted_bytes
 from optimizer.source import ModelSource
 from optimizer.vae_config import splits
-from profiles.errors import SpecError, UnsupportedError
+from profiles.errors import SpecError
 from profiles.target import parse_target
 from runners.control_tasks import CONTROL
 from runners.part_names import PARTS
@@ -188,7 +188,7 @@ def _parts(
     """Those that half of a VAE is cut into, where it can be and larger pictures than a tile, which
     is of the native size, may come.
     """
-    able = "tiles" in backend_named(str(recipe.backend)).forms and source.kind != "onnx"
+    able = backend_named(str(recipe.backend)).tiles and source.kind != "onnx"
     larger = any(dim.max > dim.opt for dim in map(signature.dim, ("height", "width")))
     wanted = recipe.tiles and able and larger and splits(source.checked_config(spec.folder))
     return PARTS if wanted else ()
@@ -197,21 +197,14 @@ def _parts(
 def _forms(
     spec: ComponentSpec, source: ModelSource, signature: Signature, recipe: Recipe
 ) -> tuple[str, ...]:
-    """LoRA's, for denoisers and CLIPs, where the backend builds forms and the layers are known; and
-    control networks' for a denoiser that has any, for which UnsupportedError is raised elsewhere;
-    a VAE's parts, where there are pictures larger than a tile.
+    """LoRA's, for denoisers and CLIPs whose layers are known; control networks' for a denoiser that
+    has any; a VAE's parts, where there are pictures larger than a tile.
     """
     if spec.role.startswith("vae"):
         return _parts(spec, source, signature, recipe)
     takes = spec.role == "denoiser" or spec.wrapper in _TAKE_LORA
-    known = backend_named(str(recipe.backend))
-    lora = recipe.lora and takes and "lora" in known.forms and source.kind != "onnx"
+    lora = recipe.lora and takes and source.kind != "onnx"
     if spec.role == "denoiser" and source.controls:
-        if CONTROL not in known.forms:
-            raise UnsupportedError(
-                f"--controlnet can't be used with the backend {known.name} yet: use "
-                f"{' or '.join(item.name for item in BACKENDS.values() if CONTROL in item.forms)}."
-            )
         return ("lora", CONTROL, f"{CONTROL}+lora") if lora else (CONTROL,)
     return ("lora",) if lora else ()
 

@@ -84,7 +84,7 @@ def model_outlook(model: str, facts: Facts, backend: str | None = None) -> Outlo
             chosen,
             dtype=dtype,
             native=native,
-            seamless="tiles" in chosen.forms and splits(configs["vae"]),
+            seamless=chosen.tiles and splits(configs["vae"]),
         ),
         side=Dim(name="side", min=step, opt=native, max=_SIDE_MAX // step * step, multiple_of=step),
         native=native,

@@ -31,6 +31,10 @@ class LowRank:
         for layer, name in self._layers.items():
             layer.register_forward_hook(partial(self._added, name))
 
+    def to(self, device: str) -> None:
+        """Let it work there."""
+        self._factors = {name: factor.to(device) for name, factor in self._factors.items()}
+
     def take(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
         """Keep the low-rank inputs for this call; the names of the others."""
         for name in self._targets:

@@ -233,12 +233,12 @@ def _round(
     means = squares = torch.zeros(())
     total = sum(tile.down.core * tile.across.core for tile in tiles)
     for tile in tiles:
-        starts = (tile.down.start * grid.unit, tile.across.start * grid.unit)
+        corner = (tile.down.start * grid.unit, tile.across.start * grid.unit)
         rows, columns = (
             _weights(span, side // grid.unit)
             for span, side in zip((tile.down, tile.across), grid.tile, strict=True)
         )
-        made, seen = run(picture.read(*starts, *grid.tile), rows, columns, torch.zeros(1), given)
+        made, seen = run(picture.read(*corner, *grid.tile), rows, columns, torch.zeros(1), given)
         result.write(made, tile)
         share = tile.down.core * tile.across.core / total
         mean, variance = seen.double().unbind(1)

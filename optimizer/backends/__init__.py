@@ -11,10 +11,7 @@ from typing import Any, Literal, Protocol
 from optimizer.progress import Progress
 from runners.signature import Signature
 
-__all__ = ["BACKENDS", "Backend", "Built", "Form", "How", "Runs", "backend", "builder"]
-
-
-Form = Literal["lora", "control", "tiles"]
+__all__ = ["BACKENDS", "Backend", "Built", "How", "Runs", "backend", "builder"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,10 @@ class Backend:
     """Formats whose weights become fp32 when an engine opens."""
     layer_bytes: int = 0
     """Of an open engine for each linear or convolution beside its weights: graph and kernels."""
-    forms: frozenset[Form] = frozenset({"lora", "control", "tiles"})
-    """What it builds further graphs of a component for, over the same weights (optimizer.forms)."""
+    tiles: bool = True
+    """Whether it builds the graphs of a VAE's two parts, for seamless tiles: four more packages of
+    compiled code would take minutes, and on cards tiles are blended.
+    """
     whole_forms: bool = False
     """Whether a form's file holds the weights once more."""
     compiler: bool = False
@@ -98,8 +97,6 @@ class Backend:
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
-_WITHOUT_TILES: frozenset[Form] = frozenset({"lora", "control"})
-"""Four more packages for a VAE would take minutes to compile; on cards its tiles are blended."""
 _CUDA_13 = "580"
 """The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
 for."""
@@ -153,7 +150,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=_WITHOUT_TILES,
+            tiles=False,
             whole_forms=True,
             runs=Runs(
                 "exact",  # engines don't survive a release (FACTS.md)
@@ -177,7 +174,7 @@ BACKENDS: dict[str, Backend] = {
             kernel_bytes=20_000_000,
             low_bit_kernel_bytes=22_000_000,
             build_memory=3.2,
-            forms=_WITHOUT_TILES,
+            tiles=False,
             whole_forms=True,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
@@ -192,7 +189,7 @@ BACKENDS: dict[str, Backend] = {
             zero_points=False,
             int4_axes=frozenset({2}),
             factors=False,
-            forms=_WITHOUT_TILES,
+            tiles=False,
             runs=Runs("minimum", driver=_CUDA_13),
         ),
         Backend(
@@ -206,7 +203,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,
             kernel_bytes=20_000_000,
             compiler=True,
-            forms=frozenset(),
+            tiles=False,
             runs=Runs("exact", own_system=True, driver=_CUDA_13),
         ),
         Backend(
@@ -220,7 +217,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,  # attention runs in one fused kernel of floats
             kernel_bytes=2_500_000,
             compiler=True,
-            forms=_WITHOUT_TILES,
+            tiles=False,
             runs=Runs("exact", own_system=True),  # native code, against torch's own C interface
         ),
         Backend(
@@ -233,7 +230,7 @@ BACKENDS: dict[str, Backend] = {
             factors=False,
             kernel_bytes=2_500_000,
             compiler=True,
-            forms=_WITHOUT_TILES,
+            tiles=False,
             runs=Runs("exact", own_system=True),
         ),
         Backend(
@@ -287,10 +284,7 @@ class Builder(Protocol):
         """Turn the files in `source` into an engine's files in `out`."""
 
     def build_form(self, source: Path, out: Path, how: How, name: str) -> Built:
-        """The form `name` of the engine that `build` made in `out` from the same `source`.
-
-        Only of backends that have `forms`.
-        """
+        """The form `name` of the engine that `build` made in `out` from the same `source`."""
 
     def prove(self, source: Path, out: Path, how: How, name: str = "") -> dict[str, str]:
         """Write files of an ONNX Runtime engine (`graph`, `weights`) of the same graph as the

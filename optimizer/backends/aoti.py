@@ -44,6 +44,7 @@ __all__ = [
     "code_properties",
     "compile_package",
     "exported",
+    "form_files",
     "low_bit_layers",
     "needed_glibc",
     "sized_inputs",
@@ -95,12 +96,17 @@ def build_form(source: Path, out: Path, how: How, name: str) -> Built:
 
     Ranks of low-rank inputs are dynamic, from `LEAST_COMPILED_RANK` on. Raises as `build`.
     """
+    return _built(source, out, how, name, form_files(name), lambda _done, _total: None)
+
+
+def form_files(name: str) -> dict[str, str]:
+    """What a form's files are called: all its own but the weights."""
     own = {role: f"{name}.{FILES[role]}" for role in ("package", "constants", "table")}
-    return _built(source, out, how, name, {**FILES, **own}, lambda _done, _total: None)
+    return {**FILES, **own}
 
 
 def _built(
-    source: Path, out: Path, how: How, form: str, files: dict[str, str], progress: Progress
+    source: Path, out: Path, how: How, form: str, files: Mapping[str, str], progress: Progress
 ) -> Built:
     module, lowered, signature = typed_module(source, how, processor_product, form)
     frozen = any(layer.rounds for layer in lowered.values())

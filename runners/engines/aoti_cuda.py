@@ -13,6 +13,7 @@ from profiles.target import sm
 from runners.engines.aoti import load_constants, opened_package
 from runners.engines.base import DeviceEngine, Properties
 from runners.engines.replaying import Replaying
+from runners.lora_inputs import compiled_rank_tensors
 
 __all__ = ["AotiCudaEngine", "card_capability"]
 
@@ -64,7 +65,8 @@ class AotiCudaEngine(DeviceEngine):
         self._package, self._replaying = package, Replaying(package)
 
     def _run_tensors(self, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
-        ordered = {spec.name: feeds[spec.name] for spec in self.signature.inputs}
+        given = compiled_rank_tensors(feeds, self.signature)
+        ordered = {spec.name: given[spec.name] for spec in self.signature.inputs}
         outputs = self._replaying(ordered)
         specs = self.signature.outputs
         return {spec.name: found for spec, found in zip(specs, outputs, strict=True)}

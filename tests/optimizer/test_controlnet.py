@@ -129,16 +129,11 @@ def test_the_plan_names_networks_and_refuses_what_does_not_fit(
         assert said in ended.sentence
 
 
-def test_families_and_backends_without_control_say_so(
-    tiny_model: Path, network: Path, tmp_path: Path, kiln: Kiln
-) -> None:
+def test_families_without_control_say_so(network: Path, tmp_path: Path, kiln: Kiln) -> None:
     plan = ("--quant", "none", "--dry-run", "--controlnet", network)
     ended = kiln("compile", tiny_sd3(tmp_path / "sd3"), *plan)
     assert ended.code == 10
     assert "takes no control networks here" in ended.sentence
-    ended = kiln("compile", tiny_model, *plan, "--backend", "aoti-cuda")
-    assert ended.code == 10
-    assert "--controlnet can't be used with the backend aoti-cuda yet" in ended.sentence
     ended = kiln("compile", tiny_sdxl(tmp_path / "sdxl"), *plan)
     assert ended.code == 2
     assert "and this model's UNet has" in ended.sentence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from optimizer.backends import How
-from optimizer.backends.aoti import Typed, sized_inputs, typed_module
+from optimizer.backends import How, aoti_cuda
+from optimizer.backends.aoti import FILES, Typed, exported, sized_inputs, typed_module
 from optimizer.backends.aoti_blocks import Kind, _Functional, find_kinds, watch_calls
 from optimizer.forms import prepared_forms
 from optimizer.lora_form import prepare_lora
@@ -21,6 +21,7 @@ from optimizer.quantize.apply import quantized_layer
 from optimizer.quantize.schemes import W4A16
 from profiles.errors import BundleError
 from runners.engines.aoti_blocks import insert_blocks
+from runners.engines.aoti_cuda import AotiCudaEngine
 from runners.engines.eager import EagerEngine, eager_state
 from runners.lora_inputs import compiled_ranks
 from runners.lowered import processor_product
@@ -192,20 +193,7 @@ def test_each_block_gets_its_own_layers_low_rank_matrices(source: Path) -> None:
     kinds = find_kinds(typed)
     watch_calls(typed, kinds, signature)
     assert "attn.to_q" in kinds[0].adapted
-    sizes = {"batch": 2, "sequence": 10, "tokens": 5, "rank": 3}
-    feeds = {
-        spec.name: tensor
-        for spec, tensor in zip(signature.inputs, sized_inputs(signature, sizes), strict=True)
-    }
-    lora = {name: 0.1 * x for name, x in feeds.items() if "lora_" in name}
-    for name in ("lora_A", "lora_B"):  # a rank of its own, which packages wouldn't take
-        key = f"single_transformer_blocks.1.proj_mlp.{name}"
-        lora[key] = lora[key][:, :1] if name == "lora_A" else lora[key][:1]
-    arrays = {name: x.numpy() for name, x in {**feeds, **lora}.items()}
-    with eager_engine(source, signature) as engine:
-        wanted = engine(arrays)["out"]
-        without = {n: np.zeros_like(x) if n in lora else x for n, x in arrays.items()}
-        assert np.abs(engine(without)["out"] - wanted).max() > 0.1
+    arrays, wanted = adapted_call(source)
     packages = packages_of(typed_of(source, "lora"), kinds)
     insert_blocks(typed.wrapper, documents_of(kinds), packages, typed.low_rank)
     with torch.no_grad():
@@ -213,6 +201,59 @@ def test_each_block_gets_its_own_layers_low_rank_matrices(source: Path) -> None:
         found = typed(*(torch.from_numpy(given[spec.name]) for spec in signature.inputs))
     np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-4)
     assert [package.calls for package in packages] == [2, 3]
+
+
+def adapted_call(source: Path) -> tuple[dict[str, Any], Any]:
+    """Inputs whose low-rank ones change a lot, one of a rank that packages wouldn't take, and what
+    the eager engine gives.
+    """
+    signature = prepared_forms(source)["lora"]
+    sizes = {"batch": 2, "sequence": 10, "tokens": 5, "rank": 3}
+    feeds = {
+        spec.name: tensor
+        for spec, tensor in zip(signature.inputs, sized_inputs(signature, sizes), strict=True)
+    }
+    lora = {name: 0.1 * x for name, x in feeds.items() if "lora_" in name}
+    for name in ("lora_A", "lora_B"):
+        key = f"single_transformer_blocks.1.proj_mlp.{name}"
+        lora[key] = lora[key][:, :1] if name == "lora_A" else lora[key][:1]
+    arrays = {name: x.numpy() for name, x in {**feeds, **lora}.items()}
+    with eager_engine(source, signature) as engine:
+        wanted = engine(arrays)["out"]
+        without = {n: np.zeros_like(x) if n in lora else x for n, x in arrays.items()}
+        assert np.abs(engine(without)["out"] - wanted).max() > 0.1
+    return arrays, wanted
+
+
+def test_a_form_for_cards_takes_low_rank_inputs(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the card: the program that it would compile, and the feeds that its engine gives."""
+    programs, out = [], tmp_path / "out"
+
+    def compiled(program: Any, *_: Any) -> str:
+        programs.append(program)
+        return ""
+
+    monkeypatch.setattr(aoti_cuda, "on_card", exported)
+    monkeypatch.setattr(aoti_cuda, "compile_package", compiled)
+    monkeypatch.setattr(aoti_cuda, "code_properties", lambda _packages: {})
+    monkeypatch.setattr(aoti_cuda, "card_capability", lambda: "9.0")
+    out.mkdir()
+    how = How("aoti-cuda", "fp32", "denoiser", "flux_transformer", SIGNATURE)
+    built = aoti_cuda.build_form(source, out, how, "lora")
+    assert built.files["weights"] == FILES["weights"]
+    assert built.files["package"] == "lora.model.pt2"
+
+    def replayed(feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return list(programs[0].module()(*feeds.values()))
+
+    engine = AotiCudaEngine({}, signature=prepared_forms(source)["lora"], properties={}, threads=1)
+    engine._replaying = cast("Any", replayed)
+    arrays, wanted = adapted_call(source)
+    found = engine._run_tensors({name: torch.from_numpy(x) for name, x in arrays.items()})
+    np.testing.assert_allclose(found["out"].numpy(), wanted, atol=1e-4)
 
 
 def eager_engine(source: Path, signature: Signature) -> EagerEngine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -244,7 +244,7 @@ class VaeAdapter(Adapter):
             part, pairs, found = half(BEFORE), [], []
             channels = [int(spec.axes[1]) for spec in part.signature.outputs[:-1]]
             for one in torch.split(x, 1):
-                maps = [stack.enter_context(Spilled(*latents, width)) for width in channels]
+                maps = [stack.enter_context(closing(Spilled(*latents, n))) for n in channels]
                 self._tiled(part, Held(one), margins[0], units[0], Stored(*maps))
                 features, query, key, value = maps
                 attend(query, key, value)

@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -51,19 +50,6 @@ class Spilled:
         whole = self.height * self.width
         for start in range(0, whole, count):
             yield start, self._get(start, min(count, whole - start))
-
-    def __enter__(self) -> Spilled:
-        """Stand for the open file."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove it."""
-        self.close()
 
     def close(self) -> None:
         """Remove it."""

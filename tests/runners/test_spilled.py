@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from runners.streamed_attention import attend
 
 def test_tiles_are_read_as_they_were_written() -> None:
     whole = torch.randn(3, 7, 9)
-    with Spilled(7, 9, 3) as kept:
+    with closing(Spilled(7, 9, 3)) as kept:
         for top, left in ((0, 0), (0, 5), (4, 0), (4, 5)):
             kept.write(top, left, whole[:, top : top + 4, left : left + 5])
         assert torch.equal(kept.read(2, 3, 4, 5), whole[:, 2:6, 3:8])
@@ -27,20 +28,20 @@ def test_tiles_are_read_as_they_were_written() -> None:
 def test_no_file_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    with Spilled(4, 4, 2) as kept:
+    with closing(Spilled(4, 4, 2)) as kept:
         kept.write(0, 0, torch.ones(2, 4, 4))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_never_written_is_said() -> None:
-    with Spilled(4, 4, 2) as kept, pytest.raises(OSError, match="hasn't been written"):
+    with closing(Spilled(4, 4, 2)) as kept, pytest.raises(OSError, match="hasn't been written"):
         kept.read(0, 0, 1, 1)
 
 
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    with Spilled(4, 4, 2) as kept:
+    with closing(Spilled(4, 4, 2)) as kept:
         kept.close()
         kept._file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115
         with pytest.raises(OSError, match="No space left") as caught:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,24 +65,20 @@ def build_and_check(
     steps.advance(building)
     oracle = json.loads((prepared / "info.json").read_text("utf-8"))
     ran = engine_class(job.backend).usable_here(built.properties)
-    engine = opened(job, built, out) if ran else opened_proof(job, prepared, out)
+    unopened = opened(job, built, out) if ran else opened_proof(job, prepared, out)
     start = time.monotonic()
-    with engine:
-        engine(next(iter(calls.values())).feeds(job.signature))
-        load_seconds = time.monotonic() - start
-        found = {name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())}
-        total = engine_db(engine, steps.counting(calls.values()))
-        least = engine_db(engine, smallest.values())
-        sampled = dict([*list(unseen.items())[:1], ("a recorded call", next(iter(calls.values())))])
-        alone = {name: engine_db(engine, [call]) for name, call in sampled.items()}
+    with unopened as engine:
+        seen = _seen(engine, start, calls, unseen, smallest, steps)
         low_bit = builder(job.backend).low_bit_layers(engine) if ran else built.low_bit_layers
     first = next(iter(calls.values()))
     on_processor = backend(job.backend).device == "cpu"
     memory = measure(job, built, folder=out, call=first) if ran and on_processor else None
     _require_low_bits(job, low_bit)
-    for name, db in found.items():
+    for name, db in seen.unseen.items():
         _require(job, name, db, oracle["unseen_sqnr_db"][name])
-    _require(job, "the recorded runs", total, oracle["sqnr_db"])
+    _require(job, "the recorded runs", seen.total, oracle["sqnr_db"])
+    sampled = {**dict(list(unseen.items())[:1]), _RECORDED: first}
+    alone = {**seen.unseen, _RECORDED: seen.first}
     forms = _forms(job, prepared, out, sampled, alone, ran=ran)
     if AFTER in job.forms:
         parts = built_parts(job, prepared, out)
@@ -94,16 +91,16 @@ def build_and_check(
         "oracle_sqnr_db": oracle["sqnr_db"],
         "files": built.files,
         "properties": built.properties,
-        "sqnr_db": total,
-        "unseen_sqnr_db": found,
+        "sqnr_db": seen.total,
+        "unseen_sqnr_db": seen.unseen,
         "layers_low_bit": low_bit,
-        "load_seconds": round(load_seconds, 3) if ran else None,
+        "load_seconds": round(seen.load_seconds, 3) if ran else None,
         "ran": ran,
         "memory": memory and memory.model_dump(mode="json"),
         "selftest": _SELFTEST,
         # what was accepted here is accepted there: small shapes scatter more than whole runs do
         "selftest_db": min(
-            limit_db(oracle["smallest_sqnr_db"], job.dtype), least - _ENGINE_LOSS_DB
+            limit_db(oracle["smallest_sqnr_db"], job.dtype), seen.smallest - _ENGINE_LOSS_DB
         ),
     }
     judged = smallest
@@ -119,6 +116,43 @@ def build_and_check(
 
 _SELFTEST = "selftest.safetensors"
 """Calls that the engine is judged on where it is installed, or first runs."""
+
+
+_RECORDED = "a recorded call"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An engine's SQNR against fp32 on recorded calls (all of them, the first), on each at a size
+    that was never traced, and on the smallest ones; `load_seconds` from the start of opening
+    it to its first outputs.
+    """
+
+    load_seconds: float
+    total: float
+    first: float
+    unseen: dict[str, float]
+    smallest: float
+
+
+def _seen(
+    engine: Engine,
+    start: float,
+    calls: Mapping[str, Call],
+    unseen: Mapping[str, Call],
+    smallest: Mapping[str, Call],
+    steps: Steps,
+) -> _Seen:
+    """One size after the other: where an engine compiles a size when it comes, once each."""
+    first = next(iter(calls.values()))
+    engine(first.feeds(engine.signature))
+    return _Seen(
+        load_seconds=time.monotonic() - start,
+        first=engine_db(engine, [first]),
+        total=engine_db(engine, steps.counting(calls.values())),
+        unseen={name: engine_db(engine, [call]) for name, call in steps.counting(unseen.items())},
+        smallest=engine_db(engine, smallest.values()),
+    )
 
 
 def opened(job: Job, built: Built, out: Path, signature: Signature | None = None) -> Engine:

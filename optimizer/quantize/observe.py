@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -45,6 +46,7 @@ class LayerStatistics:
         self.parts: tuple[int, ...] = ()
         self._calls = 0
         self._every = 1
+        self._leader: LayerStatistics | None = None
         self.covariance: Callable[[], Tensor] | None = None
         """Loads what was collected beside, where a solver needs it."""
 
@@ -62,13 +64,33 @@ class LayerStatistics:
             quarter = torch.zeros(BINS // 4, dtype=torch.float64)
             self.histogram = torch.cat((quarter, merged, quarter))
             self.limit *= 2
-        self.histogram += torch.histc(values, BINS, -self.limit, self.limit).double()
+        counts = torch.histc(values, BINS, -self.limit, self.limit).double()
+        self.histogram = self.histogram + counts  # not in place: others may have taken it over
         energy = channels.square().sum(0).double()
         self.energy = energy if self.energy is None else self.energy + energy
         self.peaks = torch.maximum(self.peaks, peaks) if len(self.peaks) else peaks
         self.count += channels.shape[0]
         self._pick(channels)
-        self._keep_extremes(channels, sizes.amax(1))
+        if peak > self._least:
+            self._keep_extremes(channels, sizes.amax(1))
+        self._leader = None
+
+    @property
+    def _least(self) -> float:
+        """What a place must exceed to be among the extremes, which are in falling order."""
+        return float(self.extremes[-1].abs().max()) if len(self.extremes) == _EXTREMES else -1.0
+
+    def follow(self, leader: LayerStatistics) -> bool:
+        """Take over all that `leader` knows, which has just taken the very input that comes here.
+
+        False, and nothing is taken, unless the inputs of both were the same from the first on.
+        """
+        if self._calls + 1 != leader._calls or (self._calls and self._leader is not leader):
+            return False
+        parts, load = self.parts, self.covariance
+        vars(self).update(vars(leader))
+        self.parts, self.covariance, self._leader = parts, load, leader
+        return True
 
     def _pick(self, channels: Tensor) -> None:
         """Add places of every so many calls to the sample, other places each time."""
@@ -101,7 +123,7 @@ class LayerStatistics:
         """Everything as tensors, for safetensors."""
         if self.energy is None:
             raise ValueError("the layer was never called")
-        return {
+        state = {
             "histogram": self.histogram,
             "limit": torch.tensor(self.limit, dtype=torch.float64),
             "energy": self.energy,
@@ -112,6 +134,8 @@ class LayerStatistics:
             "parts": torch.tensor(self.parts, dtype=torch.int64),
             "calls": torch.tensor([self._calls, self._every]),
         }
+        followed = self._leader is not None  # a file takes no tensor under two names
+        return {name: x.clone() for name, x in state.items()} if followed else state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
@@ -173,12 +197,14 @@ def observing(
     """
     found: dict[str, LayerStatistics] = {}
     handles = []
-    joined = _Concatenations()
+    joined, latest = _Concatenations(), _Latest()
     for name in layers:
         layer = root.get_submodule(name)
         axis = 1 if isinstance(layer, nn.Conv2d) else -1
         found[name] = LayerStatistics()
-        handles.append(layer.register_forward_pre_hook(_input_hook(found[name], axis, joined)))
+        handles.append(
+            layer.register_forward_pre_hook(_input_hook(found[name], axis, joined, latest))
+        )
         if any(fnmatchcase(name, pattern) for pattern in outputs):
             found[output_of(name)] = LayerStatistics()
             handles.append(layer.register_forward_hook(_output_hook(found[output_of(name)], axis)))
@@ -212,9 +238,34 @@ class _Concatenations(TorchFunctionMode):
         return sizes if sum(sizes) == x.shape[channel_axis] else ()
 
 
-def _input_hook(statistics: LayerStatistics, axis: int, joined: _Concatenations) -> Any:
+class _Latest:
+    """The input that was counted last, and where: queries, keys and values read the same one."""
+
+    def __init__(self) -> None:
+        self._read: tuple[Any, ...] = ()
+        self._by: LayerStatistics | None = None
+
+    def count(self, x: Tensor, axis: int, into: LayerStatistics) -> None:
+        """Add `x` to the statistics, or take over what others made of it just before."""
+        if self._by is not None and self._is(x, axis) and into.follow(self._by):
+            return
+        into.add(x, axis)
+        # torch counts no changes of a tensor that was made in inference mode
+        self._read = () if x.is_inference() else (weakref.ref(x), axis, x._version)
+        self._by = into
+
+    def _is(self, x: Tensor, axis: int) -> bool:
+        """Whether `x` is that input, unchanged."""
+        if not self._read or self._read[0]() is not x:
+            return False
+        return bool(self._read[1:] == (axis, x._version))
+
+
+def _input_hook(
+    statistics: LayerStatistics, axis: int, joined: _Concatenations, latest: _Latest
+) -> Any:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics.add(inputs[0], axis)
+        latest.count(inputs[0], axis, statistics)
         statistics.parts = joined.parts(inputs[0], axis)
 
     return hook

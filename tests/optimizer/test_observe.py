@@ -61,6 +61,61 @@ def test_a_layer_that_was_never_called_has_no_statistics() -> None:
         LayerStatistics().state()
 
 
+class Projections(nn.Module):
+    """Queries read `x`, keys and values `y`: in the first call `z`, where it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor | None = None) -> None:
+        self.q(x)
+        self.k(y)
+        self.v(y if z is None else z)
+
+
+@pytest.mark.parametrize("first", ["same", "another"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_layers_that_read_the_same_input_have_what_each_would_have_alone(
+    first: str, context: type[torch.no_grad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[LayerStatistics] = []
+    add = LayerStatistics.add
+
+    def noted(self: LayerStatistics, x: Tensor, axis: int) -> None:
+        added.append(self)
+        add(self, x, axis)
+
+    monkeypatch.setattr(LayerStatistics, "add", noted)
+    with context():
+        calls = [(normal(2, 40, 6, seed=i), normal(2, 90, 6, seed=9 - i)) for i in range(5)]
+        root, other = Projections(), normal(2, 40, 6, seed=77)
+        with observing(root, ["q", "k", "v"]) as found:
+            for number, (x, y) in enumerate(calls):
+                root(x, y, other if number == 0 and first == "another" else None)
+        values = [y for _, y in calls]
+        if first == "another":
+            values[0] = other
+        shared = first == "same" and context is torch.no_grad
+        assert sum(one is found["v"] for one in added) == (0 if shared else 5)
+        for name, inputs in (("q", [x for x, _ in calls]), ("k", [y for _, y in calls])):
+            assert_same(found[name], statistics(*inputs))
+        assert_same(found["v"], statistics(*values))
+
+
+def test_an_input_that_changed_in_place_is_counted_anew() -> None:
+    root, x = Projections(), normal(20, 6)
+    with torch.no_grad(), observing(root, ["q", "k"]) as found:
+        root.q(x)
+        root.k(x.mul_(3))
+    assert found["k"].peak > 2 * found["q"].peak
+
+
+def assert_same(one: LayerStatistics, other: LayerStatistics) -> None:
+    for (name, x), y in zip(one.state().items(), other.state().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
 def drawn(kind: str) -> Tensor:
     x = normal(200, 64)
     if kind == "outliers":

@@ -16,11 +16,11 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from onnxscript import opset23
-from onnxscript import optimizer as onnx_optimizer
 from torch import Tensor, nn
 
 from optimizer.decomposing import only_needed_decompositions
 from optimizer.graph import clean, name_transposed
+from optimizer.simplifying import simplify
 from optimizer.upsampling import upsampling_without_questions
 from profiles.errors import BuildError
 from runners import quantized as _operators  # noqa: F401 (registers the operators)
@@ -132,8 +132,7 @@ def export_onnx(
     assert program is not None
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     name_transposed(program.model.graph)
-    # Small limits: shape arithmetic is folded, no parameter is; turns SplitToSequence into Split.
-    onnx_optimizer.optimize(program.model, input_size_limit=1024, output_size_limit=1024)
+    simplify(program.model)
     clean(program.model)
     ir.save(program.model, path, external_data=f"{path.name}.data")
 

@@ -32,7 +32,7 @@ def test_a_moved_bundle_loses_what_the_oracle_loses(
         assert entry.selftest_db is not None
         assert entry.sqnr_db >= limit_db(entry.oracle_sqnr_db, "fp32")
         with open_engine(moved, entry, threads=1) as engine:
-            assert check_calls(moved, entry, engine) >= entry.selftest_db
+            assert min(check_calls(moved, entry, engine).values()) >= entry.selftest_db
 
 
 def test_every_rounded_layer_runs_on_an_int8_kernel(bundle: MakeBundle) -> None:

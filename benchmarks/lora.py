@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -15,23 +16,34 @@ from typing import Any
 
 from benchmarks.full_bundles import FULL_SIZE, full_bundle
 from benchmarks.watching import watched
+from optimizer.worker import run_stage
 from runners.console import Console
 
-__all__ = ["lines", "measure", "measure_bundle", "measure_full_size"]
+__all__ = ["lines", "measure", "measure_bundle", "measure_full_size", "measure_noise"]
 
-_MODEL = Path(__file__).with_name("reference_model") / "model"
+_REFERENCE = Path(__file__).with_name("reference_model")
+_MODEL = _REFERENCE / "model"
+_LORA = _REFERENCE / "loras" / "greys.safetensors"
+_PROMPTS = (
+    "a large red circle on the left, on a plain blue background",
+    "a small green square on the right, on a plain white background",
+    "a large yellow triangle in the middle, on a plain black background",
+    "a small blue circle on the right, on a plain red background",
+)
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
 """What kohya's trainer changes of a UNet by default: all of its transformers."""
 
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
-    """The reference model in int8, LoRAs of rank 4 and 8."""
+    """The reference model in int8, LoRAs of rank 4 and 8; what its own one leaves of its SQNR."""
     with tempfile.TemporaryDirectory() as private:
         bundle = Path(private) / "bundle"
         command = [sys.executable, "-m", "runners.cli", "compile", str(_MODEL), "--quant", "int8"]
         with console.stage("LoRA: compile the reference model"):
             watched([*command, "-o", str(bundle)], dict(os.environ))
-        return _measured(console, "reference model", bundle, (4, 8))
+        found = _measured(console, "reference model", bundle, (4, 8))
+        found |= _found(console, "compare with fp32", "measure_noise", (bundle, _MODEL, _LORA))
+    return found
 
 
 def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
@@ -41,24 +53,34 @@ def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
 
 
 def _measured(console: Console, title: str, bundle: Path, ranks: tuple[int, int]) -> dict[str, Any]:
-    from optimizer.worker import run_stage
+    return _found(console, f"measure the {title}", "measure_bundle", (bundle, ranks))
 
+
+def _found(
+    console: Console, title: str, function: str, arguments: tuple[object, ...]
+) -> dict[str, Any]:
+    """What a function of this file writes into the file that it is given last, in a child."""
     with tempfile.TemporaryDirectory() as private:
-        out = Path(private)
-        with console.stage(f"LoRA: measure the {title}") as stage:
-            arguments = (bundle, ranks, out)
-            run_stage("benchmarks.lora:measure_bundle", arguments, progress=stage.progress)
-        found: dict[str, Any] = json.loads((out / "lora.json").read_text("utf-8"))
+        out = Path(private) / "found.json"
+        with console.stage(f"LoRA: {title}") as stage:
+            target = f"{__name__}:{function}"
+            run_stage(target, (*arguments, out), progress=stage.progress)
+        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """What `kiln bench` prints."""
-    return [
+    told = [
         f"LoRA: swap {1000 * found['swap_seconds']:.0f} ms, first load "
         f"{found['first_load_seconds']:.2f} s, a step with rank {found['ranks'][0]} at "
         f"{found['speed_with_lora']:.2f}x of the speed without"
     ]
+    if db := found.get("sqnr_db"):
+        told.append(
+            f"LoRA: {db['with']:.1f} dB with the reference's own, {db['without']:.1f} without"
+        )
+    return told
 
 
 def measure_bundle(
@@ -68,7 +90,7 @@ def measure_bundle(
     progress: Callable[[int, int], None],
     rounds: int = 15,
 ) -> None:
-    """Write lora.json: seconds of steps, plain and with a LoRA, and of changes between them.
+    """Write into the file `out` seconds of steps, plain and with a LoRA, and of changes.
 
     Steps of both kinds are taken in turn, by two pipelines; a change is timed with the step after
     it, less another step: an engine gets ready when it is called.
@@ -76,7 +98,10 @@ def measure_bundle(
     import runners
 
     pipeline, beside = (runners.load(bundle) for _ in range(2))
-    files = [_random_lora(pipeline, out / f"{i}.safetensors", rank) for i, rank in enumerate(ranks)]
+    files = [
+        _random_lora(pipeline, out.with_name(f"{i}.safetensors"), rank)
+        for i, rank in enumerate(ranks)
+    ]
     step, plain_step = _step(pipeline), _step(beside)
     step()
     plain_step()
@@ -107,9 +132,69 @@ def measure_bundle(
         "slowest_swap_seconds": round(max(swaps), 4),
         "unload_seconds": round(leaving - without, 3),
     }
-    (out / "lora.json").write_text(json.dumps(document), "utf-8")
+    out.write_text(json.dumps(document), "utf-8")
     pipeline.kiln.close()
     beside.kiln.close()
+
+
+def measure_noise(bundle: Path, model: Path, lora: Path, out: Path) -> None:
+    """Write into the file `out` the denoiser's SQNR in dB without and with a LoRA.
+
+    Each call of fp32 runs with diffusers, drawn without and with it, is made on the engine too;
+    `latents_changed_by` is the LoRA's relative change of the runs' last latents, in fp32.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import runners
+
+    engine = runners.load(bundle)
+    reference = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    noise = _Noise(engine.unet)
+    reference.unet.register_forward_hook(noise, with_kwargs=True)
+    plain = _latents(reference)
+    found = {"without": noise.taken_db()}
+    for pipeline in (reference, engine):
+        pipeline.load_lora_weights(lora, adapter_name="one")
+    changed = _latents(reference)
+    found["with"] = noise.taken_db()
+    document = {
+        "sqnr_db": found,
+        "latents_changed_by": round(float((changed - plain).norm() / plain.norm()), 3),
+    }
+    out.write_text(json.dumps(document), "utf-8")
+    engine.kiln.close()
+
+
+class _Noise:
+    """A forward hook: the energy of what comes out, and of what an engine makes of the same."""
+
+    def __init__(self, engine: Callable[..., Any]) -> None:
+        self._engine = engine
+        self._signal = self._error = 0.0
+
+    def __call__(self, _module: Any, inputs: Any, given: Mapping[str, Any], outputs: Any) -> None:
+        """Call the engine as the module was called."""
+        sample, timestep = inputs
+        got = self._engine(sample, timestep, given["encoder_hidden_states"])[0]
+        self._signal += float(outputs[0].double().square().sum())
+        self._error += float((outputs[0] - got).double().square().sum())
+
+    def taken_db(self) -> float:
+        """The ratio so far, from which the next one starts anew."""
+        found = 10 * math.log10(self._signal / self._error)
+        self._signal = self._error = 0.0
+        return round(found, 2)
+
+
+def _latents(pipeline: Any) -> Any:
+    """Those of each prompt's run, from noise of its own."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(_PROMPTS))]
+    how = {"num_inference_steps": 20, "output_type": "latent"}
+    return pipeline(list(_PROMPTS), generator=generators, **how).images
 
 
 def _swap(pipeline: Any, name: str, step: Callable[[], Any]) -> None:

@@ -137,7 +137,7 @@ def measure_bundle(
     beside.kiln.close()
 
 
-def measure_noise(bundle: Path, model: Path, lora: Path, out: Path) -> None:
+def measure_noise(bundle: Path, model: Path, lora: Path, out: Path, steps: int = 20) -> None:
     """Write into the file `out` the denoiser's SQNR in dB without and with a LoRA.
 
     Each call of fp32 runs with diffusers, drawn without and with it, is made on the engine too;
@@ -153,11 +153,11 @@ def measure_noise(bundle: Path, model: Path, lora: Path, out: Path) -> None:
     reference.set_progress_bar_config(disable=True)
     noise = _Noise(engine.unet)
     reference.unet.register_forward_hook(noise, with_kwargs=True)
-    plain = _latents(reference)
+    plain = _latents(reference, steps)
     found = {"without": noise.taken_db()}
     for pipeline in (reference, engine):
         pipeline.load_lora_weights(lora, adapter_name="one")
-    changed = _latents(reference)
+    changed = _latents(reference, steps)
     found["with"] = noise.taken_db()
     document = {
         "sqnr_db": found,
@@ -188,13 +188,16 @@ class _Noise:
         return round(found, 2)
 
 
-def _latents(pipeline: Any) -> Any:
+def _latents(pipeline: Any, steps: int) -> Any:
     """Those of each prompt's run, from noise of its own."""
     import torch
 
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(_PROMPTS))]
-    how = {"num_inference_steps": 20, "output_type": "latent"}
-    return pipeline(list(_PROMPTS), generator=generators, **how).images
+    found = []
+    for seed, prompt in enumerate(_PROMPTS):  # an engine may take one picture at a time
+        generator = torch.Generator().manual_seed(seed)
+        how = {"num_inference_steps": steps, "output_type": "latent", "generator": generator}
+        found.append(pipeline(prompt, **how).images)
+    return torch.cat(found)
 
 
 def _swap(pipeline: Any, name: str, step: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the LoRA benchmark says of noise is what its engine's outputs differ by."""
+"""The noise that the LoRA benchmark tells is what an engine's outputs differ by."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-import runners
 from benchmarks.lora import _Noise, measure_noise
 from tests.conftest import MakeBundle
 from tests.lora_files import peft_lora
@@ -34,17 +34,13 @@ def test_noise_is_counted_by_calls_and_starts_anew() -> None:
         assert noise.taken_db() == pytest.approx(-20 * torch.tensor(off).log10().item(), abs=0.01)
 
 
-def test_a_quantized_bundles_noise_is_measured_with_and_without(
+def test_an_engine_of_fp32_has_next_to_no_noise_with_a_lora_and_without(
     bundle: MakeBundle, tiny_model: Path, tmp_path: Path
 ) -> None:
-    made = bundle("eager", "int8", lora=True)
-    entry = runners.load(made).kiln.manifest.component("denoiser")
-    from diffusers import DiffusionPipeline
-
     reference = DiffusionPipeline.from_pretrained(tiny_model)
     lora = peft_lora(reference, tmp_path / "lora.safetensors", scale=0.1)
+    made = bundle("onnxruntime", lora=True)
     measure_noise(made, tiny_model, lora, tmp_path / "noise.json", steps=2)
     found = json.loads((tmp_path / "noise.json").read_text("utf-8"))
-    assert found["sqnr_db"]["without"] == pytest.approx(entry.sqnr_db, abs=4)
-    assert found["sqnr_db"]["with"] == pytest.approx(found["sqnr_db"]["without"], abs=4)
+    assert min(found["sqnr_db"].values()) > 80
     assert found["latents_changed_by"] > 0.01

@@ -7,6 +7,7 @@ anything runs, with the nearest legal one in the message.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -127,10 +128,16 @@ class Signature(BaseModel):
         return values
 
 
+@cache
+def _name(dtype: Any) -> str:
+    """As specs have it; numpy takes microseconds to find it, for each of a LoRA's hundreds."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_one(
     spec: TensorSpec, array: Any, values: dict[str, int], dims: Mapping[str, Dim]
 ) -> None:
-    dtype = str(array.dtype).removeprefix("torch.")
+    dtype = _name(array.dtype)
     if dtype != spec.dtype:
         raise SpecError(f"Input {spec.name} must be {spec.dtype}, and is {dtype}.")
     if len(array.shape) != len(spec.axes):

@@ -48,12 +48,19 @@ class OpenVinoEngine(Engine):
             self._model = self._core.read_model(graph, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:
             raise BundleError(f"OpenVINO can't read the engine: {_first_line(error)}") from error
+        ports = enumerate(self._model.inputs)
+        self._places = {name: place for place, port in ports for name in port.get_names()}
         self._convolutions = convolution_layers(self.signature)
         self._compiled: OrderedDict[tuple[Any, ...], ov.InferRequest] = OrderedDict()
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         request = self._request(self._shapes(feeds))
-        request.infer(feeds, share_inputs=True, share_outputs=True)
+        # by place: names, and numpy's arrays, are looked for among all inputs, a LoRA's hundreds
+        tensors = {
+            self._places[name]: ov.Tensor(array, shared_memory=array.flags.writeable)
+            for name, array in feeds.items()
+        }
+        request.infer(tensors, share_inputs=True, share_outputs=True)
         return {
             spec.name: np.array(request.get_output_tensor(i).data)
             for i, spec in enumerate(self.signature.outputs)

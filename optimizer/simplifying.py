@@ -1,8 +1,8 @@
 """onnxscript's optimizer, with the rewrites that exports of denoisers, VAEs and encoders call for.
 
 Its own list has a rule of two outputs (two slices become a split), for which it looks at all nodes
-from each node: most of the optimizer's time on the reference model's UNet, minutes on SDXL's, and
-it needs sides that are known. Rules for what no export has (batch norms, chains of clips) are left
+from each node: most of the optimizer's time on the reference model's UNet, more with the square of
+the graph; and it needs sides that are known. Rules for what no export has (batch norms, chains of clips) are left
 out too.
 """
 

@@ -2,8 +2,8 @@
 
 Its own list has a rule of two outputs (two slices become a split), for which it looks at all nodes
 from each node: most of the optimizer's time on the reference model's UNet, more with the square of
-the graph; and it needs sides that are known. Rules for what no export has (batch norms, chains of clips) are left
-out too.
+the graph; and it needs sides that are known. Rules for what no export has (batch norms, chains of
+clips) are left out too.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ _SECTIONS = {
     "lora": _Section("lora"),
     "lora-full-size": _Section("lora", "measure_full_size"),
     "aoti": _Section("regional"),
+    "text-encoder": _Section("text_encoder"),
 }
 
 

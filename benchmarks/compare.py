@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import click
 
+from benchmarks.baselines import Baseline
 from benchmarks.gate import parse_limits
 from profiles.errors import SpecError
 from runners.console import Console
 
 __all__ = ["Wish", "compare"]
-
-
-Baseline = Literal["torch.compile", "torchao-int8"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Wish:
             raise SpecError("--levels names no level: give some, such as --levels none,int8,int4")
         known = get_args(Baseline)
         if unknown := sorted(set(self.baselines) - set(known)):
-            raise SpecError(f"--baselines names {unknown[0]!r}: use {' or '.join(known)}")
+            raise SpecError(f"--baselines names {unknown[0]!r}: use {', '.join(known)}")
         twice = sorted({level for level in self.levels if self.levels.count(level) > 1})
         if twice:
             raise SpecError(f"--levels names {twice[0]} twice: name each level once")
@@ -84,7 +82,7 @@ class Wish:
 @click.option("--guidance", type=float, help="Guidance scale.  [default: the model's]")
 @click.option("--backend", help="Backend of every level.  [default: by the machine]")
 @click.option(
-    "--baselines", help="Rows of plain diffusers in other ways: torch.compile, torchao-int8."
+    "--baselines", help=f"Rows of plain diffusers in other ways: {', '.join(get_args(Baseline))}."
 )
 @click.option("--threads", type=int, help="Threads of every process.  [default: all cores]")
 @click.option(

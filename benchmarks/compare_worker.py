@@ -22,10 +22,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.baselines import speed_up
 from profiles.errors import KilnError
 
 __all__ = ["Session", "main", "peak_rss_bytes"]
@@ -60,7 +60,7 @@ class Session:
 
         torch.set_num_threads(request["threads"])
         start = time.perf_counter()
-        self._pipe = _LOADERS[request["kind"]](request["path"], request["threads"])
+        self._pipe = _load(request["kind"], request["path"], request["threads"])
         seconds = time.perf_counter() - start
         self._pipe.set_progress_bar_config(disable=True)
         call = inspect.signature(type(self._pipe).__call__).parameters
@@ -169,13 +169,19 @@ def peak_rss_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
-def _load_bundle(path: str, threads: int) -> Any:
-    import runners
+def _load(kind: str, path: str, threads: int) -> Any:
+    """The pipeline of a contestant of this kind."""
+    if kind == "bundle":
+        import runners
 
-    return runners.load(path, threads=threads)
+        return runners.load(path, threads=threads)
+    pipe = _load_diffusers(path)
+    if kind != "diffusers":
+        speed_up(_denoiser_of(pipe), kind)  # type: ignore[arg-type]
+    return pipe
 
 
-def _load_diffusers(path: str, _threads: int) -> Any:
+def _load_diffusers(path: str) -> Any:
     """The plain pipeline: float32, eager, on the CPU; no safety checker, as bundles have none."""
     import torch
     from diffusers import DiffusionPipeline
@@ -189,31 +195,6 @@ def _load_diffusers(path: str, _threads: int) -> Any:
         local_files_only=True,
         **without,
     )
-
-
-def _load_compiled(path: str, threads: int) -> Any:
-    """The same with the denoiser compiled when it first runs; the cache stays on the machine."""
-    pipe = _load_diffusers(path, threads)
-    _denoiser_of(pipe).compile()
-    return pipe
-
-
-def _load_torchao(path: str, threads: int) -> Any:
-    """The same with the weights of the denoiser's linears in int8."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    pipe = _load_diffusers(path, threads)
-    quantize_(_denoiser_of(pipe), Int8WeightOnlyConfig())
-    return pipe
-
-
-_LOADERS: dict[str, Callable[[str, int], Any]] = {
-    "bundle": _load_bundle,
-    "diffusers": _load_diffusers,
-    "torch.compile": _load_compiled,
-    "torchao-int8": _load_torchao,
-}
-"""A contestant's kind -> what makes its pipeline."""
 
 
 def _denoiser_of(pipe: Any) -> Any:

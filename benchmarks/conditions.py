@@ -24,6 +24,8 @@ _TOOLS = (
     "numpy",
     "scikit-image",
     "flip-evaluator",
+    "bitsandbytes",
+    "torchao",
 )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
+from benchmarks.baselines import Baseline
 from profiles import errors
 
 __all__ = ["REFERENCE", "Asked", "Contestant", "Worker"]
@@ -31,9 +32,8 @@ class Contestant:
 
     name: str
     """The level's name, or `REFERENCE`."""
-    kind: Literal["diffusers", "bundle", "torch.compile", "torchao-int8"]
-    """The plain pipeline, a bundle, or the plain pipeline with its denoiser compiled when it first
-    runs, or with its linears' weights in int8."""
+    kind: Literal["diffusers", "bundle"] | Baseline
+    """The plain pipeline, a bundle, or the plain pipeline with its denoiser in another way."""
     path: Path
     """The diffusers folder or the bundle."""
     backend: str

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.baselines import require_library
 from benchmarks.compare import Wish
 from benchmarks.contestants import REFERENCE, Contestant, slug
 from optimizer.families import family
 from optimizer.quantize.policy import AUTO, policy_names
 from optimizer.recipe import Recipe, checked
 from optimizer.source import ModelSource
-from profiles.errors import MissingError, SpecError
+from profiles.errors import SpecError
 from runners.bundle import DIGEST_NAME
 from runners.console import Console
 from runners.manifest import Manifest
@@ -97,11 +97,8 @@ def plain_contestant(source: ModelSource) -> Contestant:
 
 def baseline_contestants(wish: Wish, source: ModelSource) -> list[Contestant]:
     """The plain pipeline in other people's ways; MissingError for one whose library isn't here."""
-    if "torchao-int8" in wish.baselines and find_spec("torchao") is None:
-        raise MissingError(
-            "The baseline torchao-int8 needs torchao, which isn't installed: run "
-            'pip install "kiln-diffusion[torchao]".'
-        )
+    for name in wish.baselines:
+        require_library(name)
     plain = plain_contestant(source)
     return [replace(plain, name=name, kind=name, backend=name) for name in wish.baselines]
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_bundles import FULL_SIZE, full_bundle
-from benchmarks.watching import watched
-from optimizer.worker import run_stage
+from benchmarks.watching import found_apart, watched
 from runners.console import Console
 
 __all__ = ["lines", "measure", "measure_bundle", "measure_full_size", "measure_noise"]
@@ -59,14 +58,7 @@ def _measured(console: Console, title: str, bundle: Path, ranks: tuple[int, int]
 def _found(
     console: Console, title: str, function: str, arguments: tuple[object, ...]
 ) -> dict[str, Any]:
-    """What a function of this file writes into the file that it is given last, in a child."""
-    with tempfile.TemporaryDirectory() as private:
-        out = Path(private) / "found.json"
-        with console.stage(f"LoRA: {title}") as stage:
-            target = f"{__name__}:{function}"
-            run_stage(target, (*arguments, out), progress=stage.progress)
-        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
-    return found
+    return found_apart(console, f"LoRA: {title}", f"{__name__}:{function}", arguments)
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ class Nf4Layer(nn.Module):
     64 weights along the rows; `shape`: of the weight. Raises MissingError without bitsandbytes.
     """
 
+    weight: None = None  # as that of QuantizedLayer
     packed: Tensor
 
     def __init__(

@@ -43,6 +43,9 @@ class Quantization:
     format: Format
     group: int = 0
     """Weights that share a scale along the input axis; 0 is one scale per output channel."""
+    dynamic: bool = False
+    """Whether a linear's input is rounded to int8 as it comes, with a scale a row (a token), and
+    multiplied by the int8 codes in integers."""
 
     @property
     def bits(self) -> int:
@@ -52,8 +55,8 @@ class Quantization:
 
 @torch.library.custom_op("kiln::dequantize_channel", mutates_args=())
 def dequantize_channel(codes: Tensor, scale: Tensor) -> Tensor:
-    """Weights from int8 `codes` [out, ...] and `scale` [out]."""
-    return codes.to(scale.dtype) * scale.view(-1, *([1] * (codes.dim() - 1)))
+    """Weights from int8 or e4m3 `codes` [out, ...] and `scale` [out]."""
+    return codes.to(scale.dtype).mul_(scale.view(-1, *([1] * (codes.dim() - 1))))
 
 
 @dequantize_channel.register_fake
@@ -64,7 +67,8 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 @torch.library.custom_op("kiln::dequantize_group", mutates_args=())
 def dequantize_group(codes: Tensor, scale: Tensor, group: int) -> Tensor:
     """Weights from `codes` [out, in, ...] and `scale` [out, in/group, ...]: groups along axis 1."""
-    return codes.to(scale.dtype) * scale.repeat_interleave(group, dim=1)
+    grouped = codes.to(scale.dtype).unflatten(1, (-1, group))
+    return grouped.mul_(scale.unsqueeze(2)).flatten(1, 2)
 
 
 @dequantize_group.register_fake
@@ -75,8 +79,8 @@ def _(codes: Tensor, scale: Tensor, group: int) -> Tensor:  # noqa: ARG001
 @torch.library.custom_op("kiln::dequantize_group_affine", mutates_args=())
 def dequantize_group_affine(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """The same from uint8 `codes` (0..15) around `zero`, shaped as `scale`."""
-    centred = codes.to(scale.dtype) - zero.to(scale.dtype).repeat_interleave(group, dim=1)
-    return centred * scale.repeat_interleave(group, dim=1)
+    grouped = codes.to(scale.dtype).unflatten(1, (-1, group)).sub_(zero.unsqueeze(2))
+    return grouped.mul_(scale.unsqueeze(2)).flatten(1, 2)
 
 
 @dequantize_group_affine.register_fake
@@ -188,6 +192,7 @@ class QuantizedLayer(nn.Module):
     `down` [rank, in, ...] and `up` [out, rank, ...]: what is added to the product; `bias`: [out].
     """
 
+    weight: None = None  # T5's code asks whether it is a tensor, to bring the input to its type
     codes: Tensor
     scale: Tensor
     whole: Tensor | None
@@ -215,8 +220,8 @@ class QuantizedLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, as the forward uses it."""
+    def dequantized(self) -> Tensor:
+        """The weight, as the forward uses it."""
         form, ops = self.quantization, torch.ops.kiln
         found: Tensor
         if form.format == "nf4":
@@ -233,7 +238,9 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the float layer does, on rounded weights and (where planned) rounded ends."""
-        y = self._product(self._rounded_input(x), self.weight, self.bias)
+        if self.quantization.dynamic:
+            return _rows_product(x, self.codes, self.scale, self.bias)
+        y = self._product(self._rounded_input(x), self.dequantized, self.bias)
         if self.down is not None and self.up is not None:
             y = y + self._correction(x, self.down, self.up)
         if self.output_scale is None:
@@ -276,6 +283,17 @@ _BUFFERS = (
     "down",
     "up",
 )
+
+
+def _rows_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` [..., in], its rows rounded to -127..127, times int8 `codes` [out, in], in integers."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    step = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    sums = torch._int_mm((rows / step).round().to(torch.int8), codes.t())  # torchao's kernel too
+    y = sums * step * scale.float()
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def _looked_up(values: tuple[float, ...], codes: Tensor, scale: Tensor, block: int) -> Tensor:

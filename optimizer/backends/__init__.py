@@ -239,7 +239,8 @@ BACKENDS: dict[str, Backend] = {
             ("fp32", "bf16"),
             "torch",
             "optimizer.backends.eager",
-            _INTEGERS | _FLOATS,
+            _INTEGERS | _FLOATS | {"w8a16-dynamic"},
+            frozenset({("w8a16-dynamic", 2)}),
             weight_bytes={"fp32": 8.0, "bf16": 4.0},  # the file, and the module's own
             low_bit_copies=2.0,
             runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take

@@ -37,6 +37,6 @@ def _properties(how: How, wrapper: str) -> dict[str, str | int | float | bool]:
     return {"wrapper": wrapper, "dtype": {"fp32": "f32"}.get(how.dtype, how.dtype)}
 
 
-def low_bit_layers(engine: Any) -> int:  # noqa: ARG001
-    """None: the oracle computes with dequantized weights in float."""
-    return 0
+def low_bit_layers(engine: Any) -> int:
+    """Those that round their inputs as they come; all others are products of floats."""
+    return int(engine.low_bit_layers)

@@ -13,7 +13,7 @@ from optimizer.quantize.folding import gains
 from optimizer.quantize.observe import LayerStatistics, output_of
 from optimizer.quantize.policy import Policy
 from optimizer.quantize.ranges import best_range
-from optimizer.quantize.schemes import W4A16, W8A8, Fp8, Nf4, Nvfp4, Scheme
+from optimizer.quantize.schemes import W4A16, W8A8, W8A16, Fp8, Nf4, Nvfp4, Scheme
 from optimizer.quantize.smoothing import Smoothing, smoothing
 from optimizer.quantize.solvers import SOLVERS
 from optimizer.quantize.solvers.grid import Grid, Inputs, as_matrix, from_matrix
@@ -171,6 +171,7 @@ def _quantized(
             form, tensors = _groups(weight, scheme, statistics.get(name), solver)
         case _:
             form, tensors = _rows(weight, statistics.get(name), solver, smooth)
+            form = replace(form, dynamic=isinstance(scheme, W8A16) and scheme.dynamic)
     tensors |= _ends(name, scheme, statistics, smooth)
     if bias is not None:
         tensors["bias"] = bias.detach().float()

@@ -77,6 +77,7 @@ LEVELS: dict[str, Scheme] = {
     "none": KEEP,
     "int8": W8A8(),
     "int8w": W8A16(),
+    "int8-dyn": W8A16(dynamic=True),
     "int4": W4A16(),
     "int4-dyn": W4A16(dynamic=True),
     "fp8": Fp8(),

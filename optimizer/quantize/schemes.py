@@ -68,10 +68,21 @@ class Keep(_Scheme):
 
 
 class W8A16(_Scheme):
-    """int8 weights, one scale an output channel; the input isn't rounded."""
+    """int8 weights, one scale an output channel; no calibrated scale rounds the input."""
 
     bits: ClassVar[int] = 8
     kind: Literal["w8a16"] = "w8a16"
+    dynamic: bool = False
+    """A linear's input is rounded to int8 as it comes, a token's values with a scale of its own."""
+
+    @property
+    def format(self) -> str:
+        """Backends differ in which of the variants they take."""
+        return "w8a16-dynamic" if self.dynamic else "w8a16"
+
+    def fitted(self, shape: Shape) -> Scheme:
+        """Inputs of convolutions aren't rounded."""
+        return W8A16() if len(shape) > 2 else self
 
 
 class W8A8(_Scheme):

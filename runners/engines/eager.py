@@ -56,6 +56,12 @@ class EagerEngine(Engine):
         torch.set_num_threads(self.threads)
         self._same("dtype", dtype, next(self._module.parameters()).dtype)
 
+    @property
+    def low_bit_layers(self) -> int:
+        """Linears whose products are of int8: those that round their inputs as they come."""
+        layers = (one for one in self._module.modules() if isinstance(one, QuantizedLayer))
+        return sum(layer.quantization.dynamic for layer in layers)
+
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
@@ -84,6 +90,7 @@ def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
             layers[name] = {
                 "format": form.format,
                 "group": form.group,
+                "dynamic": form.dynamic,
                 "convolution": layer.convolution,
                 "shape": list(layer.codes.shape),
             }
@@ -129,7 +136,7 @@ def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> nn.M
         codes, peaks, bias = tensors["codes"], tensors["scale"].float(), tensors.get("bias")
         convolution = form["convolution"]
         return Nf4Layer(codes, peaks, tuple(form["shape"]), bias=bias, convolution=convolution)
-    quantization = Quantization(form["format"], form["group"])
+    quantization = Quantization(form["format"], form["group"], form["dynamic"])
     if quantization.bits == 4:
         signed = quantization.format == "int4"
         tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]), signed=signed)

@@ -197,12 +197,14 @@ def test_a_baseline_is_the_plain_pipeline_in_another_way(model: Path, tmp_path: 
 def test_a_baseline_that_is_not_known_or_not_installed_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import levels
+    from benchmarks import baselines
+    from benchmarks.levels import baseline_contestants
     from optimizer.source import resolve
 
-    with pytest.raises(SpecError, match=r"names 'tvm': use torch\.compile or torchao-int8"):
+    with pytest.raises(SpecError, match=r"names 'tvm': use torch\.compile, torchao-int8, "):
         Wish("m", tmp_path, ("none",), baselines=("tvm",))  # type: ignore[arg-type]
-    monkeypatch.setattr(levels, "find_spec", lambda _name: None)
-    wish = Wish(str(model), tmp_path, ("none",), baselines=("torchao-int8",))
-    with pytest.raises(MissingError, match=r'pip install "kiln-diffusion\[torchao\]"'):
-        levels.baseline_contestants(wish, resolve(str(model)))
+    monkeypatch.setattr(baselines, "find_spec", lambda _name: None)
+    for name, extra in (("torchao-int8-dyn", "torchao"), ("bitsandbytes-nf4", "nf4")):
+        wish = Wish(str(model), tmp_path, ("none",), baselines=(name,))  # type: ignore[arg-type]
+        with pytest.raises(MissingError, match=rf'pip install "kiln-diffusion\[{extra}\]"'):
+            baseline_contestants(wish, resolve(str(model)))

@@ -46,7 +46,9 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weight() -> None:
         layer.weight.detach(), blocksize=64, quant_type="nf4", compress_statistics=False
     )
     torch.testing.assert_close(found.scale.flatten(), state.absmax)
-    torch.testing.assert_close(found.weight, dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        found.dequantized, dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_a_uniform_weight_keeps_what_the_format_can(
     scheme: Nf4 | Nvfp4 | Fp8, least: float
 ) -> None:
     layer, found = rounded(scheme)
-    assert sqnr_db(found.weight, layer.weight.detach()) > least
+    assert sqnr_db(found.dequantized, layer.weight.detach()) > least
 
 
 def test_nvfp4_has_e2m1_values_and_e4m3_scales_under_one() -> None:
@@ -67,7 +69,7 @@ def test_nvfp4_has_e2m1_values_and_e4m3_scales_under_one() -> None:
     assert float(found.scale.float().max()) == 448
     assert found.whole is not None
     scale = (found.scale.float() * found.whole).repeat_interleave(16, dim=1)
-    values = {round(float(v), 4) for v in (found.weight / scale).flatten()}
+    values = {round(float(v), 4) for v in (found.dequantized / scale).flatten()}
     assert values <= set(FP4_VALUES)
 
 
@@ -78,7 +80,7 @@ def test_fp8_rounds_weight_and_input_to_e4m3_and_clips_the_input() -> None:
     x = torch.randn(10, 128) * 100
     steps = (x / found.activation_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     assert float(steps.abs().max()) == 448
-    wanted = nn.functional.linear(steps * found.activation_scale, found.weight)
+    wanted = nn.functional.linear(steps * found.activation_scale, found.dequantized)
     torch.testing.assert_close(found(x), wanted)
     small = torch.randn(10, 128)
     with torch.no_grad():

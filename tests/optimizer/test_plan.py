@@ -189,6 +189,7 @@ def test_text_encoders_are_kept_unless_they_are_asked_for(tiny_model: Path) -> N
     asked = levels(text_quant="int8w")
     assert asked["text_encoder"] == ("int8w", {"w8a16"})
     assert asked["unet"] == ("none", set())
+    assert levels(text_quant="int8-dyn")["text_encoder"] == ("int8-dyn", {"w8a16-dynamic"})
     with pytest.raises(UnsupportedError, match="doesn't read nf4; use --backend eager"):
         planned(tiny_model, quant="none", backend="onnxruntime", text_quant="nf4")
 

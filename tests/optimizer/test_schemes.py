@@ -17,6 +17,7 @@ from runners.engines.eager import eager_state
 
 ALL: list[Any] = [
     W8A16(),
+    W8A16(dynamic=True),
     W8A8(),
     W8A8(output=True),
     W4A16(group=32),
@@ -56,6 +57,8 @@ def test_what_fits_stays_and_a_rank_is_at_most_full() -> None:
     assert W4A16(rank=32).fitted((8, 64)) == W4A16(rank=8)
     assert Nf4().fitted((8, 7, 3, 3)) == W8A16()
     assert Nf4().fitted((8, 64)) == Nf4()
+    assert W8A16(dynamic=True).fitted((8, 64)) == W8A16(dynamic=True)
+    assert W8A16(dynamic=True).fitted((8, 64, 3, 3)) == W8A16()
     assert Nvfp4().fitted((8, 40)) == W8A16()
     assert KEEP.fitted((3, 5)) == KEEP
 

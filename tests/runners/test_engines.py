@@ -255,6 +255,7 @@ def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
         pytest.param("eager", "int4", marks=pytest.mark.slow),
         ("eager", "nf4"),
         ("eager", "fp8"),
+        ("eager", "int8-dyn"),
     ],
 )
 def test_a_level_loses_on_every_backend_what_the_oracle_loses(
@@ -315,13 +316,19 @@ def test_only_the_dynamic_level_lets_openvino_round_inputs_as_they_come(
 
 
 @pytest.mark.parametrize(
-    ("backend", "quant", "kind", "axes"),
-    [("openvino", "int8", "w8a8", (2, 4)), ("onnxruntime", "int4", "w4a16", (2,))],
+    ("backend", "quant", "form", "axes"),
+    [
+        ("openvino", "int8", "w8a8", (2, 4)),
+        ("onnxruntime", "int4", "w4a16", (2,)),
+        ("eager", "int8-dyn", "w8a16-dynamic", (2,)),
+    ],
 )
 def test_a_backend_runs_on_low_bit_kernels_what_it_should(
-    bundle: MakeBundle, tiny_model: Path, backend: str, quant: str, kind: str, axes: tuple[int, ...]
+    bundle: MakeBundle, tiny_model: Path, backend: str, quant: str, form: str, axes: tuple[int, ...]
 ) -> None:
-    """Counted in OpenVINO's own runtime graph, at the native size, and in ONNX Runtime's graph."""
+    """Counted in OpenVINO's own runtime graph, at the native size, in ONNX Runtime's graph, and
+    among eager's own layers.
+    """
     from optimizer.load import load_module
     from optimizer.quantize.apply import planned_layers
     from optimizer.quantize.policy import Policy
@@ -334,7 +341,7 @@ def test_a_backend_runs_on_low_bit_kernels_what_it_should(
     lowered = [
         name
         for name, scheme in schemes.items()
-        if scheme.kind == kind and module.get_submodule(name).weight.dim() in axes  # type: ignore[union-attr,operator]
+        if scheme.format == form and module.get_submodule(name).weight.dim() in axes  # type: ignore[union-attr,operator]
     ]
     entry = manifest.component("denoiser")
     assert entry.layers_quantized == len(schemes)

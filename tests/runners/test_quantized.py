@@ -86,7 +86,7 @@ def test_a_layer_computes_what_the_float_layer_of_its_weights_does(
 ) -> None:
     float_layer = layer(shape, bias=bias)
     rounded = quantized(float_layer, Quantization("int8" if group == 0 else "int4", group))
-    torch.testing.assert_close(rounded.weight, float_layer.weight.data)
+    torch.testing.assert_close(rounded.dequantized, float_layer.weight.data)
     x = inputs(shape)
     torch.testing.assert_close(rounded(x), float_layer(x))
 
@@ -116,6 +116,29 @@ def test_an_output_is_rounded_after_the_bias() -> None:
     x = inputs((6, 64))
     steps = torch.clamp(torch.round(float_layer(x) / 0.25), -128, 127) * 0.25
     torch.testing.assert_close(rounded(x), steps)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dynamic_layer_rounds_each_token_with_a_scale_of_its_own(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    rounded = quantized(layer((6, 64), bias=True), Quantization("int8", dynamic=True)).to(dtype)
+    x = (torch.randn(shape) * 10 ** torch.randn(*shape[:-1], 1)).to(dtype)
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    weight = rounded.codes.double() * rounded.scale.double()[:, None]
+    assert rounded.bias is not None
+    expected = ((x.double() / step).round() * step) @ weight.T + rounded.bias.double()
+    assert rounded(x).dtype == dtype
+    torch.testing.assert_close(rounded(x), expected.to(dtype))
+
+
+def test_a_dynamic_layer_takes_nothing_but_zeros_and_passes_nan_on() -> None:
+    rounded = quantized(layer((6, 64), bias=True), Quantization("int8", dynamic=True))
+    x = torch.zeros(3, 64)
+    torch.testing.assert_close(rounded(x), rounded.bias.expand(3, 6))
+    x[1, 5] = torch.nan
+    assert rounded(x).isnan().any(1).tolist() == [False, True, False]
 
 
 def test_halves_round_to_even_as_in_onnx() -> None:

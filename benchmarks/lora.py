@@ -18,7 +18,14 @@ from benchmarks.full_bundles import FULL_SIZE, full_bundle
 from benchmarks.watching import found_apart, watched
 from runners.console import Console
 
-__all__ = ["lines", "measure", "measure_bundle", "measure_full_size", "measure_noise"]
+__all__ = [
+    "lines",
+    "lines_of_full_size",
+    "measure",
+    "measure_bundle",
+    "measure_full_size",
+    "measure_noise",
+]
 
 _REFERENCE = Path(__file__).with_name("reference_model")
 _MODEL = _REFERENCE / "model"
@@ -29,6 +36,7 @@ _PROMPTS = (
     "a large yellow triangle in the middle, on a plain black background",
     "a small blue circle on the right, on a plain red background",
 )
+_FULL_SIZE_BACKENDS = ("openvino", "onnxruntime")
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
 """What kohya's trainer changes of a UNet by default: all of its transformers."""
 
@@ -46,9 +54,13 @@ def measure(console: Console, _out: Path) -> dict[str, Any]:
 
 
 def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
-    """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32."""
-    title = f"full-size {FULL_SIZE['sd15'].title}"
-    return _measured(console, title, full_bundle("sd15", out, console), (32, 32))
+    """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32: backend -> figures."""
+    found = {}
+    for backend in _FULL_SIZE_BACKENDS:
+        title = f"full-size {FULL_SIZE['sd15'].title} on {backend}"
+        bundle = full_bundle("sd15", out, console, backend)
+        found[backend] = _measured(console, title, bundle, (32, 32))
+    return found
 
 
 def _measured(console: Console, title: str, bundle: Path, ranks: tuple[int, int]) -> dict[str, Any]:
@@ -73,6 +85,12 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"LoRA: {db['with']:.1f} dB with the reference's own, {db['without']:.1f} without"
         )
     return told
+
+
+def lines_of_full_size(found: Mapping[str, Any]) -> list[str]:
+    """The same of every backend."""
+    rows = ((name, found[name]) for name in _FULL_SIZE_BACKENDS)
+    return [f"{name}: {line}" for name, row in rows for line in lines(row)]
 
 
 def measure_bundle(

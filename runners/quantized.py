@@ -64,11 +64,15 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+def _grouped(codes: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    """A copy in floats, [out, in/group, group, ...], to be changed in place."""
+    return codes.to(dtype).contiguous().view(codes.shape[0], -1, group, *codes.shape[2:])
+
+
 @torch.library.custom_op("kiln::dequantize_group", mutates_args=())
 def dequantize_group(codes: Tensor, scale: Tensor, group: int) -> Tensor:
     """Weights from `codes` [out, in, ...] and `scale` [out, in/group, ...]: groups along axis 1."""
-    grouped = codes.to(scale.dtype).unflatten(1, (-1, group))
-    return grouped.mul_(scale.unsqueeze(2)).flatten(1, 2)
+    return _grouped(codes, scale.dtype, group).mul_(scale.unsqueeze(2)).view(codes.shape)
 
 
 @dequantize_group.register_fake
@@ -79,8 +83,8 @@ def _(codes: Tensor, scale: Tensor, group: int) -> Tensor:  # noqa: ARG001
 @torch.library.custom_op("kiln::dequantize_group_affine", mutates_args=())
 def dequantize_group_affine(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """The same from uint8 `codes` (0..15) around `zero`, shaped as `scale`."""
-    grouped = codes.to(scale.dtype).unflatten(1, (-1, group)).sub_(zero.unsqueeze(2))
-    return grouped.mul_(scale.unsqueeze(2)).flatten(1, 2)
+    centred = _grouped(codes, scale.dtype, group).sub_(zero.unsqueeze(2))
+    return centred.mul_(scale.unsqueeze(2)).view(codes.shape)
 
 
 @dequantize_group_affine.register_fake

@@ -56,7 +56,7 @@ class Quantization:
 @torch.library.custom_op("kiln::dequantize_channel", mutates_args=())
 def dequantize_channel(codes: Tensor, scale: Tensor) -> Tensor:
     """Weights from int8 or e4m3 `codes` [out, ...] and `scale` [out]."""
-    return codes.to(scale.dtype).mul_(scale.view(-1, *([1] * (codes.dim() - 1))))
+    return codes.to(scale.dtype, copy=True).mul_(scale.view(-1, *([1] * (codes.dim() - 1))))
 
 
 @dequantize_channel.register_fake
@@ -66,7 +66,7 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 
 def _grouped(codes: Tensor, dtype: torch.dtype, group: int) -> Tensor:
     """A copy in floats, [out, in/group, group, ...], to be changed in place."""
-    return codes.to(dtype).contiguous().view(codes.shape[0], -1, group, *codes.shape[2:])
+    return codes.to(dtype, copy=True).contiguous().view(codes.shape[0], -1, group, *codes.shape[2:])
 
 
 @torch.library.custom_op("kiln::dequantize_group", mutates_args=())

@@ -136,7 +136,7 @@ def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> nn.M
         codes, peaks, bias = tensors["codes"], tensors["scale"].float(), tensors.get("bias")
         convolution = form["convolution"]
         return Nf4Layer(codes, peaks, tuple(form["shape"]), bias=bias, convolution=convolution)
-    quantization = Quantization(form["format"], form["group"], form["dynamic"])
+    quantization = Quantization(form["format"], form["group"], form.get("dynamic", False))
     if quantization.bits == 4:
         signed = quantization.format == "int4"
         tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]), signed=signed)

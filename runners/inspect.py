@@ -58,14 +58,14 @@ def _text(manifest: Manifest) -> str:
             f"{'' if speed.alone else f', other programs took {speed.others_share:.0%}: unsure'})"
         )
     lines.append(
-        f"{'component':<14}{'backend':<13}{'quant':<7}{'dtype':<7}{'low-bit layers':>15}"
+        f"{'component':<16}{'backend':<18}{'quant':<10}{'dtype':<7}{'low-bit layers':>15}"
         f"{'bytes':>12}{'of fp32':>9}{'SQNR dB':>9}"
     )
     for entry in manifest.engines:
         layers = f"{entry.layers_quantized} of {entry.layers_total}"
         sqnr = "" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}"
         lines.append(
-            f"{entry.name:<14}{entry.backend:<13}{entry.quant:<7}{entry.dtype:<7}{layers:>15}"
+            f"{entry.name:<16}{entry.backend:<18}{entry.quant:<10}{entry.dtype:<7}{layers:>15}"
             f"{entry.engine_bytes:>12}{entry.engine_bytes / entry.fp32_bytes:>8.2f}x{sqnr:>9}"
         )
     if takers := [entry.name for entry in manifest.components if "lora" in entry.forms]:

@@ -66,12 +66,12 @@ HOW = How("onnxruntime", "fp32", "denoiser", "unet", SIGNATURE)
 
 
 SCHEMES: dict[str, Scheme] = {
-    **{name: scheme for name, scheme in LEVELS.items() if scheme.format != "nf4"},
+    **{n: s for n, s in LEVELS.items() if s.format not in ("nf4", "w8a16-dynamic")},
     "int4z": W4A16(symmetric=False),
     "int4r": W4A16(rank=8),
     "int8o": W8A8(output=True),
 }
-"""All that ONNX can say: nf4 is for torch."""
+"""All that ONNX can say: nf4, and rounding inputs as they come, are for torch."""
 
 
 def block(quant: str) -> Block:

@@ -38,8 +38,7 @@ def full_bundle(name: str, out: Path, console: Console, backend: str = "openvino
     """The bundle of a model of `FULL_SIZE` below `out`, compiled where it isn't there yet."""
     from optimizer.worker import run_stage
 
-    own = "" if backend == "openvino" else f"-{backend}"
-    model, bundle = FULL_SIZE[name], out / "full-size" / f"{name}{own}"
+    model, bundle = FULL_SIZE[name], out / "full-size" / f"{name}-{backend}"
     if bundle.is_dir():
         return bundle
     with tempfile.TemporaryDirectory() as private:

@@ -42,6 +42,7 @@ _SECTIONS = {
     "tiles-full-size": _Section("tiles", "measure_full_size", "lines_of_full_size"),
     "attention": _Section("attention"),
     "lora": _Section("lora"),
+    "lora-backends": _Section("lora", "measure_backends", "lines_of_backends"),
     "lora-full-size": _Section("lora", "measure_full_size", "lines_of_full_size"),
     "aoti": _Section("regional"),
     "text-encoder": _Section("text_encoder"),

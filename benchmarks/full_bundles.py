@@ -1,4 +1,4 @@
-"""Full-size models of random weights as int8 bundles, for several sections of `kiln bench`."""
+"""Full-size models of random weights as bundles, for several sections of `kiln bench`."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ FULL_SIZE = {
 }
 
 
-def full_bundle(name: str, out: Path, console: Console, backend: str = "openvino") -> Path:
+def full_bundle(
+    name: str, out: Path, console: Console, backend: str = "openvino", quant: str = "int8"
+) -> Path:
     """The bundle of a model of `FULL_SIZE` below `out`, compiled where it isn't there yet."""
     from optimizer.worker import run_stage
 
-    model, bundle = FULL_SIZE[name], out / "full-size" / f"{name}-{backend}"
+    model, bundle = FULL_SIZE[name], out / "full-size" / f"{name}-{backend}-{quant}"
     if bundle.is_dir():
         return bundle
     with tempfile.TemporaryDirectory() as private:
         with console.stage(f"Full-size {model.title}: make weights") as stage:
             run_stage(model.make, (Path(private),), progress=stage.progress)
-        command = [sys.executable, "-m", "runners.cli", "compile", private, "--quant", "int8"]
+        command = [sys.executable, "-m", "runners.cli", "compile", private, "--quant", quant]
         options = (*OPTIONS, *model.options, "--backend", backend)
         with console.stage(f"Full-size {model.title}: compile for {backend}"):
             watched([*command, *options, "-o", str(bundle)], dict(os.environ))

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from runners.console import Console
 
 __all__ = [
     "lines",
+    "lines_of_backends",
     "lines_of_full_size",
     "measure",
+    "measure_backends",
     "measure_bundle",
     "measure_full_size",
     "measure_noise",
@@ -36,7 +38,15 @@ _PROMPTS = (
     "a large yellow triangle in the middle, on a plain black background",
     "a small blue circle on the right, on a plain red background",
 )
-_FULL_SIZE_BACKENDS = ("openvino", "onnxruntime")
+_FULL_SIZE = (("openvino", "int8"), ("onnxruntime", "int8"), ("eager", "none"))
+_BACKENDS = (
+    ("onnxruntime", "int8"),
+    ("eager", "none"),
+    ("eager", "int8w"),
+    ("aoti-blocks", "none"),
+    ("aoti", "none"),
+    ("aoti", "int8"),
+)
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
 """What kohya's trainer changes of a UNet by default: all of its transformers."""
 
@@ -53,13 +63,32 @@ def measure(console: Console, _out: Path) -> dict[str, Any]:
     return found
 
 
-def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
-    """A Stable Diffusion 1.5 of random weights in int8, LoRAs of rank 32: backend -> figures."""
+def measure_backends(console: Console, out: Path) -> dict[str, Any]:
+    """The reference model, LoRAs of rank 4 and 8: backend and level -> figures.
+
+    Bundles are kept below `out`: packages take many minutes to compile.
+    """
     found = {}
-    for backend in _FULL_SIZE_BACKENDS:
-        title = f"full-size {FULL_SIZE['sd15'].title} on {backend}"
-        bundle = full_bundle("sd15", out, console, backend)
-        found[backend] = _measured(console, title, bundle, (32, 32))
+    for backend, quant in _BACKENDS:
+        name = f"{backend} {quant}"
+        bundle = out / "lora" / f"{backend}-{quant}"
+        if not bundle.is_dir():
+            command = [sys.executable, "-m", "runners.cli", "compile", str(_MODEL)]
+            options = ("--backend", backend, "--quant", quant, "-o", str(bundle))
+            with console.stage(f"LoRA: compile the reference model for {name}"):
+                watched([*command, *options], dict(os.environ))
+        found[name] = _measured(console, f"reference model on {name}", bundle, (4, 8))
+    return found
+
+
+def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
+    """A Stable Diffusion 1.5 of random weights, LoRAs of rank 32: backend and level -> figures."""
+    found = {}
+    for backend, quant in _FULL_SIZE:
+        name = f"{backend} {quant}"
+        title = f"full-size {FULL_SIZE['sd15'].title} on {name}"
+        bundle = full_bundle("sd15", out, console, backend, quant)
+        found[name] = _measured(console, title, bundle, (32, 32))
     return found
 
 
@@ -88,9 +117,18 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def lines_of_full_size(found: Mapping[str, Any]) -> list[str]:
-    """The same of every backend."""
-    rows = ((name, found[name]) for name in _FULL_SIZE_BACKENDS)
-    return [f"{name}: {line}" for name, row in rows for line in lines(row)]
+    """The same of every backend of the full size."""
+    return _lines_of(found, _FULL_SIZE)
+
+
+def lines_of_backends(found: Mapping[str, Any]) -> list[str]:
+    """The same of every backend of the reference model."""
+    return _lines_of(found, _BACKENDS)
+
+
+def _lines_of(found: Mapping[str, Any], measured: Sequence[tuple[str, str]]) -> list[str]:
+    names = (f"{backend} {quant}" for backend, quant in measured)
+    return [f"{name}: {line}" for name in names for line in lines(found[name])]
 
 
 def measure_bundle(
@@ -132,7 +170,7 @@ def measure_bundle(
         "threads": pipeline.kiln.threads,
         "ranks": ranks,
         "lora_bytes": [file.stat().st_size for file in files],
-        "form_graph_bytes": pipeline.kiln.manifest.files[entry.forms["lora"].files["graph"]].size,
+        "form_bytes": _own_bytes(pipeline.kiln.manifest, entry),
         "plain_step_seconds": round(without, 4),
         "lora_step_seconds": round(with_lora, 4),
         "speed_with_lora": round(statistics.median(plain / lora for plain, lora in pairs), 3),
@@ -145,6 +183,12 @@ def measure_bundle(
     out.write_text(json.dumps(document), "utf-8")
     pipeline.kiln.close()
     beside.kiln.close()
+
+
+def _own_bytes(manifest: Any, entry: Any) -> int:
+    """What the form with LoRAs takes beside the plain engine's files."""
+    own = set(entry.forms["lora"].files.values()) - set(entry.files.values())
+    return sum(manifest.files[name].size for name in own)
 
 
 def measure_noise(bundle: Path, model: Path, lora: Path, out: Path, steps: int = 20) -> None:

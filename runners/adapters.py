@@ -57,8 +57,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
-        self.low_rank: dict[str, Tensor] = {}
-        """What the LoRAs in use feed the engine with; empty: the plain engine runs."""
+        self.low_rank: Mapping[str, Any] = {}
+        """What the engine holds of the LoRAs in use (never changed); empty: the plain one runs."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +71,12 @@ class Adapter(nn.Module):
         return self.anchor.device
 
     def opened(self, engine: OpenEngine, form: str = "") -> Engine:
-        """The engine, in the form that takes what it is fed with."""
+        """The engine, in the form that takes what it is fed with, and holding the LoRAs."""
         forms = [name for name in (form, "lora" if self.low_rank else "") if name]
-        return engine("+".join(forms)) if forms else engine()
+        found = engine("+".join(forms)) if forms else engine()
+        if self.low_rank and found.held is not self.low_rank:
+            found.hold(self.low_rank)
+        return found
 
 
 def with_defaults(config: Mapping[str, Any]) -> FrozenDict:
@@ -90,7 +93,10 @@ def with_defaults(config: Mapping[str, Any]) -> FrozenDict:
 
 
 def run(engine: Engine, **feeds: Tensor) -> list[Tensor]:
-    """Call the engine with the signature's dtypes; outputs in the signature's order."""
+    """Call the engine with the signature's dtypes; outputs in the signature's order.
+
+    What the engine holds isn't given again.
+    """
     if isinstance(engine, DeviceEngine):
         types = {spec.name: getattr(torch, spec.dtype) for spec in engine.signature.inputs}
         given = {name: x.detach().to("cuda", types[name]) for name, x in feeds.items()}
@@ -131,7 +137,7 @@ class TextEncoderAdapter(Adapter):
             raise UnsupportedError("The text encoder's engine takes no attention mask.")
         engine = self.opened(self._engine)
         names = [spec.name for spec in engine.signature.outputs]
-        outputs = run(engine, input_ids=input_ids, **self.low_rank)
+        outputs = run(engine, input_ids=input_ids)
         found: dict[str, Any] = dict(zip(names, outputs, strict=True))
         states = found.pop("hidden_states", None)
         if output_hidden_states:

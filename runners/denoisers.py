@@ -126,7 +126,7 @@ class _DenoiserAdapter(Adapter):
         feeds = FEEDS[self.wrapper](self.config, there)
         if extra := [name for name in feeds if name not in names]:
             raise UnsupportedError(f"The denoiser's engine has no input for {', '.join(extra)}.")
-        (out,) = run(engine, **feeds, **self.low_rank)
+        (out,) = run(engine, **feeds)
         return out
 
 

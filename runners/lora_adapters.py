@@ -150,12 +150,12 @@ class LoraAdapters:
         entries = self._pipeline.kiln.manifest.components
         return {entry.name: entry.forms["lora"] for entry in entries if "lora" in entry.forms}
 
-    def _placed(self, part: str, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The feeds where the component's engine reads them, so that no step copies them."""
+    def _placed(self, part: str, feeds: dict[str, Tensor]) -> dict[str, Any]:
+        """The feeds where the component's engine holds them, so that no step copies them."""
         used = self._pipeline.kiln.manifest.named(part).backend
-        if not issubclass(engine_class(used), DeviceEngine):
-            return feeds
-        return {name: tensor.to("cuda") for name, tensor in feeds.items()}
+        if issubclass(engine_class(used), DeviceEngine):
+            return {name: tensor.to("cuda") for name, tensor in feeds.items()}
+        return {name: tensor.numpy() for name, tensor in feeds.items()}
 
     def _feed(self, active: Mapping[str, Weights]) -> None:
         """Let the engines run with these from the next call on; none: the plain engines."""

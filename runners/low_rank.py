@@ -1,4 +1,8 @@
-"""Low-rank parts beside a torch component's layers, taken from the engine's inputs at each call."""
+"""Low-rank parts of a torch component's layers, taken from the engine's inputs.
+
+Beside a low-bit weight they are products of their own; a weight of floats they are added to, once,
+so that a step costs what it does without them.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +10,68 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runners.engines.base import Buffer
+from runners.engines.base import Array, Buffer
 from runners.lora_inputs import DOWN, UP, lora_inputs, lora_targets
+from runners.merging import Factors, Merging, float_layers
 from runners.signature import Signature
 
 __all__ = ["LowRank"]
 
 
 class LowRank:
-    """Adds (x @ A) @ B to the outputs of the layers that a signature has A and B for."""
+    """Adds x @ A @ B to the outputs of the layers that a signature has A and B for."""
 
-    def __init__(self, root: nn.Module, signature: Signature, factors: Buffer | None) -> None:
-        """Watch the layers; `factors` holds what quantizing multiplied their ends with."""
-        self._targets = lora_targets(signature)
-        self._inputs = {spec.name for spec in lora_inputs(self._targets)}
+    def __init__(
+        self,
+        root: nn.Module,
+        signature: Signature,
+        factors: Buffer | None,
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Watch the layers; `factors` holds what quantizing multiplied their ends with.
+
+        `stored` are the weights that the component was loaded from: layers with one of floats have
+        A @ B added to it instead (`hold`). None: all layers are watched.
+        """
+        targets = lora_targets(signature)
+        self._inputs = {spec.name for spec in lora_inputs(targets)}
+        self._factors = Factors(factors)
+        floats = float_layers(targets, stored or {})
+        self._merging = Merging(floats, stored or {}, self._factors)
+        self._merged = {name: root.get_submodule(name) for name in floats}
+        self._targets = {name: one for name, one in targets.items() if name not in floats}
         self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        self._factors = {} if factors is None else safetensors.torch.load(bytes(factors))
         self._layers = {root.get_submodule(name): name for name in self._targets}
         for layer, name in self._layers.items():
             layer.register_forward_hook(partial(self._added, name))
 
     def to(self, device: str) -> None:
         """Let it work there."""
-        self._factors = {name: factor.to(device) for name, factor in self._factors.items()}
+        self._factors.to(device)
+
+    @torch.no_grad()
+    def hold(self, feeds: Mapping[str, Array]) -> None:
+        """Change the weights of floats by the low-rank inputs, until this is called again."""
+        for name, weight in self._merging.changes(feeds):
+            self._merged[name].get_parameter("weight").copy_(weight)
+
+    def held_in(self, held: Mapping[str, Any]) -> bool:
+        """Whether all low-rank inputs are among what an engine holds."""
+        return self._inputs <= held.keys()
 
     def take(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-        """Keep the low-rank inputs for this call; the names of the others."""
+        """Keep the low-rank inputs beside weights for this call; the names of the others."""
         for name in self._targets:
-            self._matrices[name] = self._scaled(name, feeds[f"{name}{DOWN}"], feeds[f"{name}{UP}"])
+            down, up = feeds[f"{name}{DOWN}"], feeds[f"{name}{UP}"]
+            self._matrices[name] = self._factors.scaled(name, down, up)
         return [name for name in names if name not in self._inputs]
 
     def layers_in(self, block: nn.Module) -> dict[str, str]:
-        """The layers below `block`: their names in it, and in all."""
+        """The watched layers below `block`: their names in it, and in all."""
         layers = block.named_modules()
         return {name: self._layers[layer] for name, layer in layers if layer in self._layers}
 
@@ -54,14 +83,6 @@ class LowRank:
         """Let `matrices(layers)` be these from now on."""
         pairs = zip(matrices[::2], matrices[1::2], strict=True)
         self._matrices.update(zip(layers, pairs, strict=True))
-
-    def _scaled(self, name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B for the layer as quantizing left it."""
-        if (factor := self._factors.get(f"{name}.input")) is not None:
-            down = down / factor.to(down.dtype).view(-1, *([1] * (down.dim() - 1)))
-        if (factor := self._factors.get(f"{name}.output")) is not None:
-            up = up * factor.to(up.dtype)
-        return down, up
 
     def _added(
         self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor

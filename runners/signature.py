@@ -6,7 +6,7 @@ anything runs, with the nearest legal one in the message.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -107,8 +107,16 @@ class Signature(BaseModel):
         """The dims of which each array has a value of its own."""
         return frozenset(dim.name for dim in self.dims if dim.free)
 
+    def split(self, names: Collection[str]) -> tuple[Signature, Signature]:
+        """With the inputs of these names alone, and with the others alone."""
+        inside = tuple(spec for spec in self.inputs if spec.name in names)
+        outside = tuple(spec for spec in self.inputs if spec.name not in names)
+        return self.model_copy(update={"inputs": inside}), self.model_copy(
+            update={"inputs": outside}
+        )
+
     def check(self, feeds: Mapping[str, Any]) -> dict[str, int]:
-        """Compare arrays with the signature and return the value of every dim.
+        """Compare arrays with the signature and return the value of every dim of theirs.
 
         Raises SpecError that names the array, the value seen and the legal values.
         """
@@ -120,7 +128,9 @@ class Signature(BaseModel):
         for spec in self.inputs:
             _check_one(spec, feeds[spec.name], values, dims)
         for dim in self.dims:
-            if dim.of is not None and values[dim.name] != dim.following(values):
+            if dim.of is None or dim.name not in values:
+                continue
+            if values[dim.name] != dim.following(values):
                 raise SpecError(
                     f"The engine's {dim.name} is {values[dim.name]}, and {dim.following(values)} "
                     f"follows from {dim.of} {values[dim.of]}."

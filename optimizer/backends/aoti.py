@@ -33,6 +33,7 @@ from runners.lowered import Product, lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
 from runners.needs import release
 from runners.signature import Signature
+from runners.stored_tensors import read_tensors
 
 __all__ = [
     "FILES",
@@ -59,6 +60,9 @@ FILES = {
     "table": "constants.json",
 }
 """What a file is to the engine -> its name."""
+
+LORA = "lora.safetensors"
+"""What quantizing multiplied layers' ends with, as it is prepared."""
 
 SETTINGS = {
     "cpp.march": "",  # what the ISA's own flags say, and no more: they are recorded
@@ -94,13 +98,27 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
 def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     """Write the form's own package, over the plain one's file of weights where that is beside it.
 
-    Ranks of low-rank inputs are dynamic, from `LEAST_COMPILED_RANK` on. Raises as `build`.
+    Ranks of low-rank inputs are dynamic, from `LEAST_COMPILED_RANK` on. Where all weights are of
+    floats, those inputs are added to them, and the package is that of the form without. Raises as
+    `build`.
     """
-    return _built(source, out, how, name, form_files(name), lambda _done, _total: None)
+    parts = name.split("+")
+    if "lora" not in parts or json.loads((source / "layers.json").read_text("utf-8")):
+        return _built(source, out, how, name, form_files(name), lambda _done, _total: None)
+    rest = "+".join(part for part in parts if part != "lora")
+    files = form_files(rest)
+    if not (out / files["package"]).is_file():
+        build_form(source, out, how, rest)
+    shutil.copyfile(source / LORA, out / LORA)
+    properties = code_properties([out / files["package"]])
+    properties |= {"frozen": False, "low_bit_kernels": 0}
+    return Built({**files, "lora": LORA}, properties)
 
 
 def form_files(name: str) -> dict[str, str]:
-    """What a form's files are called: all its own but the weights."""
+    """What a form's files are called: all its own but the weights; "" is the plain engine."""
+    if not name:
+        return FILES
     own = {role: f"{name}.{FILES[role]}" for role in ("package", "constants", "table")}
     return {**FILES, **own}
 
@@ -131,10 +149,10 @@ def low_bit_layers(engine: Any) -> int:
 
 
 def typed_module(
-    source: Path, how: How, product: Product, form: str = ""
+    source: Path, how: How, product: Product, form: str = "", *, merging: bool = False
 ) -> tuple[Typed, Mapping[str, nn.Module], Signature]:
     """The component with lowered layers as it is called in a form, those layers, and the form's
-    signature; "" is the plain one.
+    signature; "" is the plain one. `merging`: low-rank inputs are added to weights of floats.
     """
     config = json.loads((source / "config.json").read_text("utf-8"))
     layers = json.loads((source / "layers.json").read_text("utf-8"))
@@ -147,8 +165,8 @@ def typed_module(
     signature = prepared_forms(source)[form] if form else how.signature
     typed = Typed(wrapper, dtype)
     if "lora" in form.split("+"):
-        factors = (source / "lora.safetensors").read_bytes()
-        typed.low_rank = LowRank(component, signature, factors)
+        stored = read_tensors(bytearray(weights)) if merging else None
+        typed.low_rank = LowRank(component, signature, (source / LORA).read_bytes(), stored)
         typed.names = [spec.name for spec in signature.inputs]
     return typed.eval().requires_grad_(False), lowered, signature
 

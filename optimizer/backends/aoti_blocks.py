@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from optimizer.backends import Built, How
 from optimizer.backends.aoti import (
+    LORA,
     SETTINGS,
     Typed,
     code_properties,
@@ -98,23 +99,22 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
 def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     """Write how the form's blocks are called, and packages of those that no other form has.
 
-    Residuals of control networks meet the component between its blocks; low-rank inputs are
-    inputs of the blocks' packages too. Raises as `build`.
+    Residuals of control networks meet the component between its blocks; low-rank inputs of low-bit
+    layers are inputs of the blocks' packages too. Raises as `build`.
     """
     own = {}
     if "lora" in name.split("+"):
-        own["lora"] = "lora.safetensors"
-        shutil.copyfile(source / own["lora"], out / own["lora"])
+        own["lora"] = LORA
+        shutil.copyfile(source / LORA, out / LORA)
     built = _built(source, out, how, name, lambda _done, _total: None)
     return Built({**built.files, **own}, built.properties)
 
 
 def _built(source: Path, out: Path, how: How, form: str, progress: Progress) -> Built:
-    typed, _, signature = typed_module(source, how, processor_product, form)
+    typed, _, signature = typed_module(source, how, processor_product, form, merging=True)
     kinds = find_kinds(typed)
     watch_calls(typed, kinds, signature)
-    adapted = "lora" if "lora" in form.split("+") else ""
-    ahead = _ahead(adapted if all(any(kind.blocks) for kind in kinds) else form)
+    ahead = _ahead("+".join(part for part in form.split("+") if _seen(part, kinds)))
     files = {**_STORED, "blocks": f"{_ahead(form)}blocks.json"}
     documents, packages = [], []
     for number, kind in enumerate(kinds):
@@ -133,6 +133,15 @@ def _built(source: Path, out: Path, how: How, form: str, progress: Progress) -> 
         "low_bit_kernels": 0,
     }
     return Built(files=files, properties=properties)
+
+
+def _seen(part: str, kinds: list[Kind]) -> bool:
+    """Whether a part of a form's name changes the packages: low-rank inputs those of low-bit
+    weights alone, everything else a component that is one block.
+    """
+    if part == "lora":
+        return any(kind.adapted for kind in kinds)
+    return bool(part) and not all(any(kind.blocks) for kind in kinds)
 
 
 def _ahead(form: str) -> str:

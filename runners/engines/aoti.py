@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from profiles.errors import BundleError
-from runners.engines.aoti_package import Package, read_tensors, require_platform, scan_package
+from runners.engines.aoti_package import Package, require_platform, scan_package
 from runners.engines.base import Array, Engine, Properties
-from runners.lora_inputs import compiled_ranks
+from runners.lora_inputs import compiled_ranks, lora_inputs, lora_targets
+from runners.merging import Factors, Merging
+from runners.signature import Signature
+from runners.stored_tensors import read_tensors
 
 __all__ = ["AotiEngine", "load_constants", "opened_package"]
 
@@ -21,7 +25,9 @@ class AotiEngine(Engine):
     """files: `package`; where the weights are beside it, `weights` and `constants` (safetensors)
     and `table` (JSON: the package's name of a weight -> file, name, type and shape).
 
-    Properties: `torch`, `isa`, `frozen` (the weights are inside), `low_bit_kernels`.
+    Properties: `torch`, `isa`, `frozen` (the weights are inside), `low_bit_kernels`. With a file
+    `lora` (the eager engine's) the package is the plain one: low-rank inputs are added to its
+    weights, all of floats, when they are held.
     Raises DeviceMismatch where torch or the processor isn't what the package was built for.
     """
 
@@ -32,17 +38,55 @@ class AotiEngine(Engine):
             self._package.hold_own()
         else:
             load_constants(self._package, self.files, device="cpu")
+        self._merging: _MergedConstants | None = None
+        if "lora" in self.files:
+            self._merging = _MergedConstants(self._package, self.files, self.signature)
+
+    def _hold(self, feeds: Mapping[str, Array]) -> None:
+        if self._merging is not None:
+            self._merging.hold(feeds)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        if self._merging is not None and not self._merging.inputs <= self.held.keys():
+            self._merging.hold(feeds)
+        taken = self._merging.inputs if self._merging is not None else frozenset()
         given = compiled_ranks(feeds, self.signature)
-        inputs = [torch.from_numpy(given[spec.name]) for spec in self.signature.inputs]
-        outputs = self._package(*inputs)
+        names = (spec.name for spec in self.signature.inputs if spec.name not in taken)
+        outputs = self._package(*(torch.from_numpy(given[name]) for name in names))
         specs = self.signature.outputs
         return {spec.name: found.numpy() for spec, found in zip(specs, outputs, strict=True)}
 
     def _close(self) -> None:
-        del self._package
+        del self._package, self._merging
+
+
+class _MergedConstants:
+    """A package's weights, to which low-rank inputs are added."""
+
+    def __init__(self, package: Package, files: Mapping[str, Any], signature: Signature) -> None:
+        """Take a package that has its weights."""
+        targets = lora_targets(signature)
+        self.inputs = frozenset(spec.name for spec in lora_inputs(targets))
+        stored = read_tensors(files["weights"])
+        self._package = package
+        self._merging = Merging(targets, stored, Factors(files["lora"]))
+        self._names = {layer: _constant_of(layer, package.constants) for layer in targets}
+
+    @torch.no_grad()
+    def hold(self, feeds: Mapping[str, Array]) -> None:
+        """Let the package read weights to which these are added, until this is called again."""
+        have = self._package.constants
+        changes = {self._names[layer]: weight for layer, weight in self._merging.changes(feeds)}
+        self._package.change({name: w.to(have[name].dtype) for name, w in changes.items()})
+
+
+def _constant_of(layer: str, constants: Mapping[str, Tensor]) -> str:
+    """The package's name of a layer's weight: that of the layer behind those of what wraps it."""
+    ends = [name for name in constants if f".{name}".endswith(f".{layer}.weight")]
+    if not ends:
+        raise BundleError(f"The package has no weight of {layer}: compile the bundle again.")
+    return min(ends, key=len)
 
 
 def opened_package(raw: Any, properties: Properties, *, single_threaded: bool = False) -> Package:

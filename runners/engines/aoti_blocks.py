@@ -25,6 +25,7 @@ from runners.lora_inputs import compiled_ranks
 from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
+from runners.stored_tensors import read_tensors
 
 __all__ = ["AotiBlocksEngine", "Block", "flat_call", "insert_blocks"]
 
@@ -39,7 +40,8 @@ class AotiBlocksEngine(Engine):
 
     `blocks`: for each package its `blocks`' names and how one is called (`spec`, `rest`), its
     `weights` in the order in which they are given, with types and shapes, and the names of its
-    layers whose low-rank matrices come after them (`adapted`).
+    layers whose low-rank matrices come after them (`adapted`): those of low bits. Weights of floats
+    have the matrices added to them.
     """
 
     def _open(self) -> None:
@@ -53,15 +55,22 @@ class AotiBlocksEngine(Engine):
             lower_layers(component, processor_product)
             store_in(component, dtype)
             module = WRAPPERS[str(self.properties["wrapper"])](component)
-            low_rank = LowRank(component, self.signature, self.files.get("lora"))
+            factors = self.files.get("lora")
+            weights = None if factors is None else read_tensors(self.files["weights"])
+            low_rank = LowRank(component, self.signature, factors, weights)
         except (ValueError, KeyError, SafetensorError, SpecError) as error:
             raise BundleError(f"torch can't open the engine: {error}.") from error
         packages = [opened_package(self.files[kind["package"]], self.properties) for kind in kinds]
         self._module, self._dtype = insert_blocks(module, kinds, packages, low_rank), dtype
         self._low_rank = low_rank
 
+    def _hold(self, feeds: Mapping[str, Array]) -> None:
+        self._low_rank.hold(feeds)
+
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        if not self._low_rank.held_in(self.held):
+            self._low_rank.hold(feeds)
         given = compiled_ranks(feeds, self.signature)
         tensors = {name: torch.from_numpy(array) for name, array in given.items()}
         cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}

@@ -26,7 +26,7 @@ from profiles.hardware import read_cpu, read_machine
 from runners.engines.base import Buffer, Properties
 from runners.private import private_folder, write_flushed
 
-__all__ = ["Package", "read_tensors", "require_platform", "scan_package", "tensor_facts"]
+__all__ = ["Package", "require_platform", "scan_package", "tensor_facts"]
 
 _NAMES = re.compile(
     r"[A-Za-z0-9_.-]+/(?:archive_format|archive_version|byteorder"
@@ -39,19 +39,6 @@ _FILES = 4096
 # What torch._inductor.aoti_load_package calls: importing inductor takes longer than all packages
 # of a bundle, and what runs them needs nothing of it. An engine's torch is its builder's own.
 _INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE = False, True, True
-
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 def scan_package(raw: Buffer) -> dict[str, str]:
@@ -113,36 +100,6 @@ def require_platform(properties: Properties, metadata: Mapping[str, str]) -> Non
         )
 
 
-def read_tensors(raw: Buffer) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as views of the very bytes; BundleError for another file.
-
-    The library's own loader copies them, and weights in a mapping needn't be in memory twice.
-    """
-    if not len(raw):
-        return {}
-    view = memoryview(raw)
-    try:
-        start = 8 + int.from_bytes(view[:8], "little")
-        header = json.loads(bytes(view[8:start]))
-        header.pop("__metadata__", None)
-        return {name: _view(raw, start, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BundleError(f"The engine's weights can't be read: {error}.") from error
-
-
-def _view(raw: Buffer, start: int, entry: Mapping[str, Any]) -> Tensor:
-    dtype, (low, high) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-    if not 0 <= low <= high <= len(raw) - start:
-        raise ValueError("a tensor lies outside of the file")
-    if low == high:
-        return torch.empty(entry["shape"], dtype=dtype)
-    count = (high - low) // dtype.itemsize
-    writable: Any = bytearray(raw) if isinstance(raw, bytes) else raw
-    return torch.frombuffer(writable, dtype=dtype, count=count, offset=start + low).view(
-        entry["shape"]
-    )
-
-
 def tensor_facts(tensor: Tensor) -> list[Any]:
     """What a weight must agree with: its type's name and its shape."""
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -185,9 +142,24 @@ class Package:
                     f"The engine's weight {name} is {tensor_facts(tensor)}, and the package needs "
                     f"{list(facts[name])}: compile the bundle again."
                 )
-        if used:
-            self._loader.load_constants(used, _INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE)
-        self._kept, self._ready = used, True
+        self._load(used)
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """The weights that it reads."""
+        return self._kept
+
+    def change(self, some: Mapping[str, Tensor]) -> None:
+        """Let it read these in the place of its weights of those names, types and shapes."""
+        for name, tensor in some.items():
+            if tensor_facts(tensor) != tensor_facts(self._kept[name]):
+                raise RuntimeError(f"{name} is of another type or shape: the package would misread")
+        self._load({**self._kept, **{name: tensor.contiguous() for name, tensor in some.items()}})
+
+    def _load(self, constants: dict[str, Tensor]) -> None:
+        if constants:
+            self._loader.load_constants(constants, _INACTIVE, _CHECK_ALL, _WHERE_THEY_LIE)
+        self._kept, self._ready = constants, True
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run on the inputs that it was exported with, in order."""

@@ -47,6 +47,9 @@ class Engine(ABC):
         self.files, self.signature, self.threads = files, signature, threads
         self.properties = dict(properties)
         self._opened = False
+        self._held: Mapping[str, Any] = {}
+        self._given = signature
+        """What a call is given: all inputs but those that are held."""
 
     @classmethod
     def usable_here(cls, properties: Properties) -> bool:  # noqa: ARG003
@@ -88,6 +91,25 @@ class Engine(ABC):
             self._opened = False
             self._close()
 
+    @property
+    def held(self) -> Mapping[str, Any]:
+        """The very mapping that `hold` was given last."""
+        return self._held
+
+    @final
+    def hold(self, feeds: Mapping[str, Any]) -> None:
+        """Take these inputs in every call from now on, which is given the others alone.
+
+        They are checked, and made ready, once; until others are held they must not change, and the
+        arrays (of a DeviceEngine: the card's tensors) are contiguous. Raises as calling does.
+        """
+        self._require_open()
+        held, given = self.signature.split(feeds)
+        held.check(feeds)
+        with self._told():
+            self._hold(feeds)
+        self._held, self._given = feeds, given
+
     @final
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run on `feeds`; the outputs are the caller's to keep.
@@ -95,11 +117,11 @@ class Engine(ABC):
         Raises SpecError where an array's name, dtype or shape isn't the signature's, OutOfMemory
         where there isn't enough for this shape.
         """
-        if not self._opened:
-            raise RuntimeError("the engine is not open: use it as a context manager")
-        self.signature.check(feeds)
+        self._require_open()
+        self._given.check(feeds)
+        given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         with self._told():
-            return self._run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+            return self._run({**given, **self._held})
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -126,8 +148,15 @@ class Engine(ABC):
                 "`kiln inspect` lists, or compile again."
             )
 
+    def _require_open(self) -> None:
+        if not self._opened:
+            raise RuntimeError("the engine is not open: use it as a context manager")
+
     @abstractmethod
     def _open(self) -> None: ...
+
+    def _hold(self, feeds: Mapping[str, Any]) -> None:  # noqa: B027 (few have anything to do)
+        """Get ready for inputs that stay."""
 
     @abstractmethod
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
@@ -142,17 +171,20 @@ class DeviceEngine(Engine):
     @final
     def on_device(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """As calling it, with torch tensors on the card in the place of arrays."""
-        if not self._opened:
-            raise RuntimeError("the engine is not open: use it as a context manager")
-        self.signature.check(feeds)
+        self._require_open()
+        self._given.check(feeds)
+        given = {name: tensor.contiguous() for name, tensor in feeds.items()}
         with self._told():
-            return self._run_tensors({name: tensor.contiguous() for name, tensor in feeds.items()})
+            return self._run_tensors({**given, **self._held})
 
     @final
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         import torch
 
-        given = {name: torch.from_numpy(array).cuda() for name, array in feeds.items()}
+        given = {
+            name: one if name in self._held else torch.from_numpy(one).cuda()
+            for name, one in feeds.items()
+        }
         return {name: tensor.cpu().numpy() for name, tensor in self._run_tensors(given).items()}
 
     @abstractmethod

@@ -23,6 +23,7 @@ from runners.quantized import (
     pack_int4,
     unpack_int4,
 )
+from runners.stored_tensors import read_tensors
 
 __all__ = ["EagerEngine", "eager_module", "eager_state"]
 
@@ -34,7 +35,7 @@ class EagerEngine(Engine):
     """files: `config`, `layers` (JSON) and `weights` (safetensors); properties: `wrapper`, `dtype`.
 
     With a file `lora`, which holds what quantizing multiplied layers' ends with, it takes low-rank
-    inputs as well.
+    inputs as well: added to weights of floats, products of their own beside low-bit ones.
 
     Raises MissingError for NF4 layers without bitsandbytes.
     """
@@ -52,7 +53,9 @@ class EagerEngine(Engine):
             raise BundleError(f"torch can't open the engine: {error}.") from error
         self._module = wrapper(component).to(dtype)
         self._dtype = dtype
-        self._low_rank = LowRank(component, self.signature, self.files.get("lora"))
+        factors = self.files.get("lora")
+        weights = None if factors is None else read_tensors(self.files["weights"])
+        self._low_rank = LowRank(component, self.signature, factors, weights)
         torch.set_num_threads(self.threads)
         self._same("dtype", dtype, next(self._module.parameters()).dtype)
 
@@ -62,9 +65,14 @@ class EagerEngine(Engine):
         layers = (one for one in self._module.modules() if isinstance(one, QuantizedLayer))
         return sum(layer.quantization.dynamic for layer in layers)
 
+    def _hold(self, feeds: Mapping[str, Array]) -> None:
+        self._low_rank.hold(feeds)
+
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        if not self._low_rank.held_in(self.held):
+            self._low_rank.hold(feeds)
         cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         names = self._low_rank.take(cast, [spec.name for spec in self.signature.inputs])
         outputs = self._module(*(cast[name] for name in names))

@@ -32,7 +32,7 @@ from optimizer.backends.aoti import (
 from profiles.errors import BundleError, DeviceMismatch, SpecError
 from profiles.hardware import read_cpu
 from runners.engines.aoti import AotiEngine
-from runners.engines.aoti_package import Package, read_tensors, require_platform, scan_package
+from runners.engines.aoti_package import Package, require_platform, scan_package
 from runners.engines.base import Engine
 from runners.engines.eager import eager_state
 from runners.lora_inputs import Target, lora_targets, with_lora
@@ -40,6 +40,7 @@ from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product
 from runners.quantized import Quantization, QuantizedLayer
 from runners.signature import Dim, Signature, TensorSpec
+from runners.stored_tensors import read_tensors
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="x", dtype="float32", axes=("batch", "tokens", 64)),),
@@ -158,6 +159,42 @@ def test_low_rank_inputs_of_any_rank_beside_low_bit_weights(tmp_path: Path) -> N
                 wanted = lowered[layer]._product(lowered[layer], wanted) + (wanted @ down) @ up
                 wanted = nn.functional.silu(wanted) if layer == "0" else wanted
             np.testing.assert_allclose(engine(feeds)["y"], wanted.detach().numpy(), atol=0.05)
+
+
+def test_held_low_rank_inputs_are_added_to_weights_of_floats(tmp_path: Path) -> None:
+    """In the plain package, which gives what it gave, to the last bit, when they are of rank 0."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32))
+    found = made(tmp_path, module, frozen=False)
+    safetensors.torch.save_file({"2.output": torch.full((32,), 2.0)}, tmp_path / "lora")
+    form = with_lora(SIGNATURE, {"0": Target(64, 48), "2": Target(48, 32)})
+    names = {**FILES, "lora": "lora"}
+    files = {role: bytearray((tmp_path / name).read_bytes()) for role, name in names.items()}
+    x, rng = np.random.default_rng(0).standard_normal((2, 33, 64), np.float32), np.random
+    with (
+        found.engine() as plain,
+        AotiEngine(files, signature=form, properties=found.properties, threads=1) as engine,
+    ):
+        for ranks in ((3, 0), (1, 5), (0, 0)):
+            lora = {}
+            for layer, rank, inside, out in (("0", ranks[0], 64, 48), ("2", ranks[1], 48, 32)):
+                lora[f"{layer}.lora_A"] = 0.2 * rng.rand(inside, rank).astype(np.float32)
+                lora[f"{layer}.lora_B"] = 0.2 * rng.rand(rank, out).astype(np.float32)
+            adapted = [module[0].weight + torch.from_numpy((lora["0.lora_A"] @ lora["0.lora_B"]).T)]
+            # the layer's output was multiplied by 2 when it was quantized
+            adapted += [
+                module[2].weight + 2 * torch.from_numpy(lora["2.lora_A"] @ lora["2.lora_B"]).T
+            ]
+            inner = nn.functional.linear(torch.from_numpy(x), adapted[0], module[0].bias)
+            wanted = nn.functional.linear(nn.functional.silu(inner), adapted[1], module[2].bias)
+            engine.hold(lora)
+            got = engine({"x": x})["y"]
+            np.testing.assert_allclose(got, wanted.detach().numpy(), rtol=1e-4, atol=1e-4)
+        assert np.array_equal(got, plain({"x": x})["y"])
+        with pytest.raises(SpecError, match="takes the inputs"):
+            engine({"x": x, **lora})
+        with pytest.raises(SpecError, match=r"0\.lora_A needs 64"):
+            engine.hold({**lora, "0.lora_A": lora["2.lora_A"]})
 
 
 def test_a_weight_of_two_names_is_stored_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from optimizer.decomposing import only_needed_decompositions
 from optimizer.graph import clean, name_transposed
+from optimizer.promoting import only_needed_evaluations
 from optimizer.simplifying import simplify
 from optimizer.upsampling import upsampling_without_questions
 from profiles.errors import BuildError
@@ -110,6 +111,7 @@ def export_onnx(
             torch.no_grad(),
             upsampling_without_questions(module),
             only_needed_decompositions(),
+            only_needed_evaluations(),
         ):
             program = torch.onnx.export(
                 module.eval(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiles.errors import MissingError
-from runners.quantized import NF4_BLOCK, NF4_VALUES
+from runners.quantized import DEQUANTIZED_AT_ONCE, NF4_BLOCK, NF4_VALUES
 
 __all__ = ["Nf4Layer"]
 
@@ -45,8 +45,21 @@ class Nf4Layer(nn.Module):
         self.register_buffer("packed", swapped[:, None], persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._convolution = None if convolution is None else dict(convolution)
-        self._state = self._library.functional.QuantState(
-            absmax=peaks.flatten(),
+        width = int(torch.Size(shape[1:]).numel())
+        rows = shape[0] if convolution else max(DEQUANTIZED_AT_ONCE // width, 1)
+        self._parts = [
+            (codes, self._state(scales.flatten(), (len(scales), *shape[1:])))
+            for codes, scales in zip(
+                torch.split(self.packed, rows * width // 2),
+                torch.split(peaks.view(shape[0], -1), rows),
+                strict=True,
+            )
+        ]
+        """The packed codes of some rows, and the library's state: all of a convolution's."""
+
+    def _state(self, peaks: Tensor, shape: tuple[int, ...]) -> Any:
+        return self._library.functional.QuantState(
+            absmax=peaks,
             shape=torch.Size(shape),
             code=torch.tensor(NF4_VALUES),
             blocksize=NF4_BLOCK,
@@ -55,13 +68,17 @@ class Nf4Layer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the float layer does, on dequantized weights."""
+        """What the float layer does, on dequantized weights: a large linear's in parts, as
+        QuantizedLayer has them.
+        """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._convolution is None:
-            product: Tensor = self._library.matmul_4bit(x, self.packed.t(), self._state, bias=bias)
-            return product
-        weight = self._library.functional.dequantize_4bit(self.packed, self._state)
-        return F.conv2d(x, weight.to(x.dtype), bias, **self._convolution)
+        if self._convolution is not None:
+            ((codes, state),) = self._parts
+            weight = self._library.functional.dequantize_4bit(codes, state)
+            return F.conv2d(x, weight.to(x.dtype), bias, **self._convolution)
+        product = self._library.matmul_4bit
+        y = torch.cat([product(x, codes.t(), state) for codes, state in self._parts], -1)
+        return y if bias is None else y.add_(bias)
 
 
 def _bitsandbytes() -> Any:

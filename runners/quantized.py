@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "DEQUANTIZED_AT_ONCE",
     "FP4_VALUES",
     "FP8_MAX",
     "NF4_BLOCK",
@@ -34,6 +35,10 @@ Format = Literal["int8", "int4", "uint4", "fp8", "nf4", "nvfp4"]
 
 NF4_BLOCK = 64
 """Weights along a row (the kernel's places included) that share a peak, as in bitsandbytes."""
+
+
+DEQUANTIZED_AT_ONCE = 1 << 22
+"""Weights of a large linear: 8 or 16 MiB, of which a processor's caches hold most."""
 
 
 @dataclass(frozen=True)
@@ -226,25 +231,29 @@ class QuantizedLayer(nn.Module):
     @property
     def dequantized(self) -> Tensor:
         """The weight, as the forward uses it."""
+        return self._dequantized(slice(None))
+
+    def _dequantized(self, rows: slice) -> Tensor:
         form, ops = self.quantization, torch.ops.kiln
+        codes, scale = self.codes[rows], self.scale[rows]
         found: Tensor
         if form.format == "nf4":
-            found = _looked_up(NF4_VALUES, self.codes, self.scale, NF4_BLOCK)
+            found = _looked_up(NF4_VALUES, codes, scale, NF4_BLOCK)
         elif form.format == "nvfp4":
-            found = ops.dequantize_fp4(self.codes, self.scale, self.whole, form.group)
+            found = ops.dequantize_fp4(codes, scale, self.whole, form.group)
         elif self.zero is not None:
-            found = ops.dequantize_group_affine(self.codes, self.scale, self.zero, form.group)
+            found = ops.dequantize_group_affine(codes, scale, self.zero[rows], form.group)
         elif form.group:
-            found = ops.dequantize_group(self.codes, self.scale, form.group)
+            found = ops.dequantize_group(codes, scale, form.group)
         else:
-            found = ops.dequantize_channel(self.codes, self.scale)
+            found = ops.dequantize_channel(codes, scale)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
         """What the float layer does, on rounded weights and (where planned) rounded ends."""
         if self.quantization.dynamic:
             return _rows_product(x, self.codes, self.scale, self.bias)
-        y = self._product(self._rounded_input(x), self.dequantized, self.bias)
+        y = self._weighted(self._rounded_input(x))
         if self.down is not None and self.up is not None:
             y = y + self._correction(x, self.down, self.up)
         if self.output_scale is None:
@@ -264,6 +273,22 @@ class QuantizedLayer(nn.Module):
         elif scale is not None:
             found = ops.quantize_dequantize(x, scale)
         return found
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """The product with the weight, and the bias: of a large linear in parts, whose dequantized
+        weights stay in the processor's caches.
+        """
+        width, bias = self.codes[0].numel(), self.bias
+        rows = max(DEQUANTIZED_AT_ONCE // width, 1)
+        whole = self.convolution is not None or torch.compiler.is_exporting()
+        if whole or rows >= len(self.codes):
+            return self._product(x, self.dequantized, bias)
+        y = x.new_empty(*x.shape[:-1], len(self.codes))
+        for start in range(0, len(self.codes), rows):
+            part = slice(start, start + rows)
+            own = None if bias is None else bias[part]
+            y[..., part] = F.linear(x, self._dequantized(part), own)
+        return y
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.convolution is None:

@@ -40,6 +40,14 @@ def test_it_gives_what_the_oracle_gives(name: str) -> None:
     torch.testing.assert_close(found(x), rounded(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_linear_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runners.nf4.DEQUANTIZED_AT_ONCE", 10 * 128)
+    rounded, found, x = both("linear")
+    assert isinstance(found, Nf4Layer)
+    assert [len(codes) for codes, _ in found._parts] == [640, 640, 256]
+    torch.testing.assert_close(found(x), rounded(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_peaks_stay_in_fp32_where_the_engine_computes_in_bf16(name: str) -> None:
     rounded, found, x = both(name)

@@ -91,6 +91,31 @@ def test_a_layer_computes_what_the_float_layer_of_its_weights_does(
     torch.testing.assert_close(rounded(x), float_layer(x))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_large_linear_is_dequantized_in_parts_but_exported_whole(
+    group: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float_layer = layer((7, 64), bias=bias)
+    rounded = quantized(float_layer, Quantization("int8" if group == 0 else "int4", group))
+    rows: list[int] = []
+    plain = QuantizedLayer._dequantized
+
+    def watched(self: QuantizedLayer, part: slice) -> Tensor:
+        found = plain(self, part)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(QuantizedLayer, "_dequantized", watched)
+    monkeypatch.setattr("runners.quantized.DEQUANTIZED_AT_ONCE", 3 * 64 + 5)
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(rounded(x), float_layer(x), rtol=1e-5, atol=1e-3)  # of hundreds
+    assert rows == [3, 3, 1]
+    rows.clear()
+    torch.export.export(rounded, (x,), strict=False)
+    assert rows == [7]
+
+
 def test_a_static_activation_is_rounded_before_the_product() -> None:
     float_layer = layer((6, 64), bias=True)
     rounded = quantized(float_layer, Quantization("int8"), "static")

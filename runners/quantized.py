@@ -7,9 +7,9 @@ them by the one pattern that its own compiler fuses. The format that is stored (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,14 @@ class QuantizedLayer(nn.Module):
             self.register_buffer(name, tensors.get(name))
         bias = tensors.get("bias")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        """As torch's, which takes e4m3 for floats to be widened: it stays what it is."""
+        narrow = {n: b for n, b in self.named_buffers() if b.dtype == torch.float8_e4m3fn}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in narrow.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     @property
     def dequantized(self) -> Tensor:

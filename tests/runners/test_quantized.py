@@ -116,6 +116,17 @@ def test_a_large_linear_is_dequantized_in_parts_but_exported_whole(
     assert rows == [7]
 
 
+def test_e4m3_stays_e4m3_when_floats_are_widened_or_narrowed() -> None:
+    """Else an open engine's codes take four times their memory, and no fp8 product takes them."""
+    codes = torch.randn(6, 64).to(torch.float8_e4m3fn)
+    rounded = QuantizedLayer(Quantization("fp8"), {"codes": codes, "scale": torch.rand(6)}, None)
+    wanted = codes.float() * rounded.scale[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        nn.Sequential(rounded).to(dtype)
+        assert (rounded.codes.dtype, rounded.scale.dtype) == (torch.float8_e4m3fn, dtype)
+        torch.testing.assert_close(rounded.dequantized.float(), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_a_static_activation_is_rounded_before_the_product() -> None:
     float_layer = layer((6, 64), bias=True)
     rounded = quantized(float_layer, Quantization("int8"), "static")

@@ -76,9 +76,11 @@ class _MergedConstants:
     @torch.no_grad()
     def hold(self, feeds: Mapping[str, Array]) -> None:
         """Let the package read weights to which these are added, until this is called again."""
-        have = self._package.constants
-        changes = {self._names[layer]: weight for layer, weight in self._merging.changes(feeds)}
-        self._package.change({name: w.to(have[name].dtype) for name, w in changes.items()})
+        changed = {}
+        for layer, weight in self._merging.changes(feeds):
+            name = self._names[layer]
+            changed[name] = weight.to(self._package.constants[name].dtype)
+        self._package.change(changed)
 
 
 def _constant_of(layer: str, constants: Mapping[str, Tensor]) -> str:

@@ -97,7 +97,7 @@ def _block(layer: str) -> str:
 
 
 def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
-    """The feeds, whose matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
+    """The feeds, some or all; matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
     short = {
         name: np.pad(feeds[name], [(0, missing if i == axis else 0) for i in range(len(shape))])
         for name, shape, axis, missing in _short(feeds, signature)
@@ -121,7 +121,7 @@ def _short(
 ) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
     """Name, shape and rank's axis of what has too small a rank, and how much is missing."""
     for spec in signature.inputs:
-        if _RANK in spec.axes:
+        if _RANK in spec.axes and spec.name in feeds:
             shape, axis = tuple(feeds[spec.name].shape), spec.axes.index(_RANK)
             if (missing := LEAST_COMPILED_RANK - shape[axis]) > 0:
                 yield spec.name, shape, axis, missing

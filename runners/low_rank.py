@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runners.engines.base import Array, Buffer
-from runners.lora_inputs import DOWN, UP, lora_inputs, lora_targets
+from runners.lora_inputs import DOWN, UP, compiled_ranks, lora_inputs, lora_targets
 from runners.merging import Factors, Merging, float_layers
 from runners.signature import Signature
 
 __all__ = ["LowRank"]
+
+_ENDS = (DOWN, UP)
 
 
 class LowRank:
@@ -38,6 +40,7 @@ class LowRank:
         A @ B added to it instead (`hold`). None: all layers are watched.
         """
         targets = lora_targets(signature)
+        self._signature = signature
         self._inputs = {spec.name for spec in lora_inputs(targets)}
         self._factors = Factors(factors)
         floats = float_layers(targets, stored or {})
@@ -54,21 +57,36 @@ class LowRank:
         self._factors.to(device)
 
     @torch.no_grad()
-    def hold(self, feeds: Mapping[str, Array]) -> None:
-        """Change the weights of floats by the low-rank inputs, until this is called again."""
+    def hold(self, feeds: Mapping[str, Array], dtype: torch.dtype, *, compiled: bool) -> None:
+        """Take the low-rank inputs for all calls until this is called again: weights of floats are
+        changed by them, others have them beside, in `dtype` and of ranks for compiled code.
+        """
         for name, weight in self._merging.changes(feeds):
             self._merged[name].get_parameter("weight").copy_(weight)
+        beside = {f"{name}{end}": feeds[f"{name}{end}"] for name in self._targets for end in _ENDS}
+        if compiled:
+            beside = compiled_ranks(beside, self._signature)
+        cast = {name: torch.from_numpy(array).to(dtype) for name, array in beside.items()}
+        self.take(cast, ())
 
     def held_in(self, held: Mapping[str, Any]) -> bool:
         """Whether all low-rank inputs are among what an engine holds."""
         return self._inputs <= held.keys()
 
     def take(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-        """Keep the low-rank inputs beside weights for this call; the names of the others."""
+        """Keep the low-rank inputs beside weights until this is called again; the names of those
+        that aren't low-rank.
+        """
         for name in self._targets:
-            down, up = feeds[f"{name}{DOWN}"], feeds[f"{name}{UP}"]
+            down, up = (feeds[f"{name}{end}"] for end in _ENDS)
             self._matrices[name] = self._factors.scaled(name, down, up)
         return [name for name in names if name not in self._inputs]
+
+    def others(self, feeds: Mapping[str, Array], dtype: torch.dtype) -> list[Tensor]:
+        """The inputs that aren't low-rank, in the signature's order, floats in `dtype`."""
+        names = (spec.name for spec in self._signature.inputs if spec.name not in self._inputs)
+        tensors = (torch.from_numpy(feeds[name]) for name in names)
+        return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
     def layers_in(self, block: nn.Module) -> dict[str, str]:
         """The watched layers below `block`: their names in it, and in all."""

@@ -41,21 +41,31 @@ class AotiEngine(Engine):
         self._merging: _MergedConstants | None = None
         if "lora" in self.files:
             self._merging = _MergedConstants(self._package, self.files, self.signature)
+        merged = self._merging.inputs if self._merging else frozenset()
+        self._names = [s.name for s in self.signature.inputs if s.name not in merged]
+        """What the package is called with, in order."""
+        self._ready: dict[str, Tensor] = {}
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
         if self._merging is not None:
             self._merging.hold(feeds)
+        self._ready = self._tensors(feeds)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         if self._merging is not None and not self._merging.inputs <= self.held.keys():
             self._merging.hold(feeds)
-        taken = self._merging.inputs if self._merging is not None else frozenset()
-        given = compiled_ranks(feeds, self.signature)
-        names = (spec.name for spec in self.signature.inputs if spec.name not in taken)
-        outputs = self._package(*(torch.from_numpy(given[name]) for name in names))
+        given = {name: array for name, array in feeds.items() if name not in self._ready}
+        inputs = {**self._ready, **self._tensors(given)}
+        outputs = self._package(*(inputs[name] for name in self._names))
         specs = self.signature.outputs
         return {spec.name: found.numpy() for spec, found in zip(specs, outputs, strict=True)}
+
+    def _tensors(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
+        """As the package takes them, but for those that it doesn't take."""
+        taken = {name: feeds[name] for name in self._names if name in feeds}
+        arrays = compiled_ranks(taken, self.signature)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _close(self) -> None:
         del self._package, self._merging

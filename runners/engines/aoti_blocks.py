@@ -21,7 +21,6 @@ from runners.engines.aoti import opened_package
 from runners.engines.aoti_package import Package, tensor_facts
 from runners.engines.base import Array, Engine
 from runners.engines.eager import eager_module
-from runners.lora_inputs import compiled_ranks
 from runners.low_rank import LowRank
 from runners.lowered import lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
@@ -65,17 +64,13 @@ class AotiBlocksEngine(Engine):
         self._low_rank = low_rank
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
-        self._low_rank.hold(feeds)
+        self._low_rank.hold(feeds, self._dtype, compiled=True)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         if not self._low_rank.held_in(self.held):
-            self._low_rank.hold(feeds)
-        given = compiled_ranks(feeds, self.signature)
-        tensors = {name: torch.from_numpy(array) for name, array in given.items()}
-        cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        names = self._low_rank.take(cast, [spec.name for spec in self.signature.inputs])
-        outputs = self._module(*(cast[name] for name in names))
+            self._hold(feeds)
+        outputs = self._module(*self._low_rank.others(feeds, self._dtype))
         specs = self.signature.outputs
         return {s.name: t.float().numpy() for s, t in zip(specs, outputs, strict=True)}
 

@@ -66,16 +66,13 @@ class EagerEngine(Engine):
         return sum(layer.quantization.dynamic for layer in layers)
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
-        self._low_rank.hold(feeds)
+        self._low_rank.hold(feeds, self._dtype, compiled=False)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
         if not self._low_rank.held_in(self.held):
-            self._low_rank.hold(feeds)
-        cast = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        names = self._low_rank.take(cast, [spec.name for spec in self.signature.inputs])
-        outputs = self._module(*(cast[name] for name in names))
+            self._hold(feeds)
+        outputs = self._module(*self._low_rank.others(feeds, self._dtype))
         specs = self.signature.outputs
         return {s.name: t.float().numpy() for s, t in zip(specs, outputs, strict=True)}
 

@@ -197,7 +197,7 @@ def test_each_block_gets_its_own_layers_low_rank_matrices(source: Path) -> None:
     assert [kind.adapted for kind in kinds] == [[], ["proj_mlp"]]
     arrays, wanted = adapted_call(source)
     assert typed.low_rank is not None
-    typed.low_rank.hold(arrays)
+    typed.low_rank.hold(arrays, torch.float32, compiled=True)
     packages = packages_of(typed_of(source, "lora"), kinds)
     insert_blocks(typed.wrapper, documents_of(kinds), packages, typed.low_rank)
     with torch.no_grad():

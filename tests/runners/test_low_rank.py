@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def test_a_convolution_is_the_sum_of_its_places_products(
 ) -> None:
     torch.manual_seed(0)
     x, down = torch.randn(2, 6, 12, 9), torch.randn(6, 3, kernel, kernel)
-    geometry = {
+    geometry: Any = {
         name: 2 * [value] for name, value in zip(_NAMES, (stride, padding, dilation), strict=True)
     }
     wanted = F.conv2d(x, down.transpose(0, 1), **geometry)

@@ -113,33 +113,11 @@ class LowRank:
             return output + (x @ down) @ up
         if torch.compiler.is_exporting():
             # inductor compiles convolutions for the traced number of filters alone (torch 2.13)
-            thin = _convolved(x, down, _geometry(layer), output.shape[-2:])
-            return output + (up.t() @ thin.flatten(2)).view_as(output)
+            patches = F.unfold(x, self._targets[name].kernel, **_geometry(layer))
+            thin = down.transpose(0, 1).flatten(1) @ patches
+            return output + (up.t() @ thin).view_as(output)
         thin = F.conv2d(x, down.transpose(0, 1), **_geometry(layer))
         return output + torch.einsum("brhw,ro->bohw", thin, up)
-
-
-def _convolved(
-    x: Tensor, down: Tensor, geometry: Mapping[str, Any], sides: Sequence[int]
-) -> Tensor:
-    """A convolution of [batch, in, height, width] with [in, rank, ...], as products: those of all
-    the kernel's places come first, and are few, then the sum of where each belongs.
-    """
-    rank, kernel = down.shape[1], down.shape[2:]
-    rows = down.permute(2, 3, 1, 0).flatten(0, 2)
-    products = (rows @ x.flatten(2)).view(x.shape[0], *kernel, rank, *x.shape[2:])
-    (step, _), (dilation, _) = geometry["stride"], geometry["dilation"]
-    top, left = geometry["padding"]
-    padded = F.pad(products, (left, left, top, top))
-    reach = [step * (side - 1) + 1 for side in sides]
-    total: Any = 0
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            down_to, right_to = i * dilation + reach[0], j * dilation + reach[1]
-            part = padded[:, i, j, :, i * dilation : down_to : step, j * dilation : right_to : step]
-            total = total + part
-    found: Tensor = total
-    return found
 
 
 def _geometry(layer: nn.Module) -> dict[str, Any]:

@@ -239,18 +239,21 @@ class QuantizedLayer(nn.Module):
     @property
     def dequantized(self) -> Tensor:
         """The weight, as the forward uses it."""
-        return self._dequantized(slice(None))
+        return self._dequantized()
 
-    def _dequantized(self, rows: slice) -> Tensor:
+    def _dequantized(self, rows: slice | None = None) -> Tensor:
         form, ops = self.quantization, torch.ops.kiln
-        codes, scale = self.codes[rows], self.scale[rows]
+        codes, scale, zero = self.codes, self.scale, self.zero
+        if rows is not None:  # a slice of all is an operator more in what is exported
+            codes, scale = codes[rows], scale[rows]
+            zero = None if zero is None else zero[rows]
         found: Tensor
         if form.format == "nf4":
             found = _looked_up(NF4_VALUES, codes, scale, NF4_BLOCK)
         elif form.format == "nvfp4":
             found = ops.dequantize_fp4(codes, scale, self.whole, form.group)
-        elif self.zero is not None:
-            found = ops.dequantize_group_affine(codes, scale, self.zero[rows], form.group)
+        elif zero is not None:
+            found = ops.dequantize_group_affine(codes, scale, zero, form.group)
         elif form.group:
             found = ops.dequantize_group(codes, scale, form.group)
         else:

@@ -50,7 +50,7 @@ compare: $(VENV)/with-bench ## Compare LEVELS of MODEL with plain diffusers: spe
 bench: $(VENV)/with-bench ## Measure speed, size and start-up time against the peers
 	$(RUN)/kiln bench
 
-test: $(VENV)/with-dev ## Run the tests
+test: $(VENV)/with-dev $(VENV)/torchao ## Run the tests
 	$(RUN)/python -m pytest
 
 test-faults: $(VENV)/with-dev ## Run the long tests of kills, full disks and damage
@@ -68,6 +68,11 @@ clean: ## Remove .venv and the tools' caches; out/ stays
 $(VENV)/with-%: pyproject.toml constraints.txt | $(RUN)/pip
 	@echo "Installing what '$*' needs on a $(ACCELERATOR) machine: minutes the first time"
 	$(PIP_INSTALL) --editable ".[$*,$(ACCELERATOR)]" $(ALSO_$(ACCELERATOR))
+	touch $@
+
+# Beside the environment, for the tests that ask for it: diffusers imports all of it where it can.
+$(VENV)/torchao: $(VENV)/with-dev
+	$(PIP_INSTALL) --no-deps --upgrade --target $@ torchao
 	touch $@
 
 $(RUN)/pip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,8 +16,10 @@ Baseline = Literal[
     "torch.compile", "torchao-int8", "torchao-int8-dyn", "bitsandbytes-int8", "bitsandbytes-nf4"
 ]
 
-_EXTRAS = {"torchao": "torchao", "bitsandbytes": "nf4"}
-"""Library -> the extra that brings it."""
+_OUTLIER = 6.0
+"""llm_int8_threshold, as diffusers and transformers have it by default."""
+_EXTRAS = ("torchao", "bitsandbytes")
+"""Libraries, which are extras too."""
 
 
 def require_library(baseline: Baseline) -> None:
@@ -25,7 +28,7 @@ def require_library(baseline: Baseline) -> None:
     if library in _EXTRAS and find_spec(library) is None:
         raise MissingError(
             f"The baseline {baseline} needs {library}, which isn't installed: run "
-            f'pip install "kiln-diffusion[{_EXTRAS[library]}]".'
+            f'pip install "kiln-diffusion[{library}]".'
         )
 
 
@@ -61,22 +64,22 @@ def change_linears(module: Any, baseline: str, kept: tuple[str, ...] = ()) -> No
 
 def _of_bitsandbytes(form: str) -> Callable[[Any], Any]:
     """What turns a linear into bitsandbytes' own: diffusers' loader refuses to without a card."""
-    import torch
-
     library: Any = import_module("bitsandbytes.nn")
+    # which says at every call that it reads float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def made(layer: Any) -> Any:
         sides, weight = (layer.in_features, layer.out_features), layer.weight.detach()
         changed: Any
         if form == "int8":
             fixed: dict[str, Any] = {"has_fp16_weights": False}
-            changed = library.Linear8bitLt(*sides, bias=False, **fixed)
+            changed = library.Linear8bitLt(*sides, bias=False, threshold=_OUTLIER, **fixed)
             changed.weight = library.Int8Params(weight, requires_grad=False, **fixed)
         else:
             fixed = {"quant_type": "nf4", "compress_statistics": False}  # diffusers' defaults
-            changed = library.Linear4bit(*sides, bias=False, compute_dtype=torch.float32, **fixed)
+            changed = library.Linear4bit(*sides, bias=False, compute_dtype=weight.dtype, **fixed)
             changed.weight = library.Params4bit(weight, requires_grad=False, **fixed)
         changed.bias = layer.bias
-        return changed.to("cpu")  # which rounds the weight
+        return changed.to("cpu").eval()  # which rounds the weight; training has other kernels
 
     return made

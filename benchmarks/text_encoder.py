@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,14 @@ _T5_XXL = {
 _BLOCKS = 2
 _TOKENS = (77, 512)
 """SD3's prompts without options, and FLUX.1-dev's."""
-_LEVELS = ("int8w", "int8-dyn", "nf4")
+_LEVELS = ("int8w", "int8-dyn", "llm-int8", "torchao-int8-dyn", "nf4")
 _LIBRARIES = ("torchao-int8", "torchao-int8-dyn", "bitsandbytes-int8", "bitsandbytes-nf4")
-_PLAIN = "torch fp32"
+_PLAIN = "torch"
+_NEEDED = {
+    "llm-int8": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",),
+    "torchao-int8-dyn": ("torchao",),
+}
 
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
@@ -48,13 +53,14 @@ def measure(console: Console, _out: Path) -> dict[str, Any]:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """What `kiln bench` prints."""
     return [
-        f"T5's blocks, {way}: {row['bytes'] / 1e6:.0f} MB, "
+        f"T5's blocks, {dtype}, {way}: {row['bytes'] / 1e6:.0f} MB, "
         + ", ".join(
             f"{tokens} tokens {1000 * one['seconds']:.0f} ms ({one['speed']:.2f}x)"
             for tokens, one in row["tokens"].items()
         )
-        + ("" if way == _PLAIN else f", {row['db']:.1f} dB from fp32")
-        for way, row in found["ways"].items()
+        + (f", {row['db']:.1f} dB from fp32" if "db" in row else "")
+        for dtype, rows in found["dtypes"].items()
+        for way, row in rows.items()
     ]
 
 
@@ -66,34 +72,63 @@ def measure_ways(
     progress: Callable[[int, int], None],
     rounds: int = 9,
 ) -> None:
-    """Write the document of `measure` into the file `out`; `sizes` is the encoder's config."""
+    """Write the document of `measure` into the file `out`; `sizes` is the encoder's config.
+
+    Speeds are those of torch's own floats of the same dtype over a way's.
+    """
     import torch
 
     torch.manual_seed(0)
     config = {**sizes, "num_layers": blocks, "dropout_rate": 0.0, "model_type": "t5"}
     plain = _encoder(config)
-    ways = {_PLAIN: plain}
-    libraries = [name for name in _LIBRARIES if find_spec(name.split("-")[0]) is not None]
-    for done, name in enumerate((*_LEVELS, *libraries)):
-        progress(done, len(_LEVELS) + len(libraries) + len(lengths))
-        ways[name] = _ours(plain, name) if name in _LEVELS else _theirs(plain, name)
+    prompts = [torch.randint(0, sizes["vocab_size"], (1, length)) for length in lengths]
+    with torch.inference_mode():
+        exact = [plain(tokens).last_hidden_state for tokens in prompts]
+    found = {}
+    for done, dtype in enumerate(("fp32", "bf16")):
+        progress(done, 2)
+        found[dtype] = _measured(plain, dtype, prompts, exact, rounds)
+    document = {"blocks": blocks, "threads": torch.get_num_threads(), "dtypes": found}
+    out.write_text(json.dumps(document), "utf-8")
+
+
+def _measured(
+    plain: Any, dtype: str, prompts: Sequence[Any], exact: Sequence[Any], rounds: int
+) -> dict[str, Any]:
+    """The rows of one dtype: `exact` holds what fp32 makes of the prompts."""
+    import torch
+
+    changed = copy.deepcopy(plain).to(getattr(torch, {"fp32": "float32"}.get(dtype, "bfloat16")))
+    ways = {_PLAIN: changed}
+    for name in (*_LEVELS, *_LIBRARIES):
+        if name in _LEVELS and _runs(name):
+            ways[name] = _ours(plain, name).to(changed.dtype)
+        elif name in _LIBRARIES and _has(name.split("-")[0]):
+            ways[name] = _theirs(changed, name)
     rows: dict[str, dict[str, Any]] = {
         name: {"bytes": _bytes(module), "tokens": {}} for name, module in ways.items()
     }
-    for length in lengths:
-        tokens = torch.randint(0, sizes["vocab_size"], (1, length))
+    for tokens, wanted in zip(prompts, exact, strict=True):
         outputs, seconds = _in_turn(ways, tokens, rounds)
-        fp32 = statistics.median(seconds[_PLAIN])
+        floats = statistics.median(seconds[_PLAIN])
         for name, row in rows.items():
             median = statistics.median(seconds[name])
-            row["tokens"][length] = {
+            row["tokens"][tokens.shape[1]] = {
                 "seconds": round(median, 4),
-                "speed": round(fp32 / median, 3),
+                "speed": round(floats / median, 3),
             }
-            if name != _PLAIN:
-                row["db"] = round(_decibels(outputs[_PLAIN], outputs[name]), 1)
-    document = {"blocks": blocks, "threads": torch.get_num_threads(), "ways": rows}
-    out.write_text(json.dumps(document), "utf-8")
+            if name != _PLAIN or dtype != "fp32":
+                row["db"] = round(_decibels(wanted, outputs[name]), 1)
+    return rows
+
+
+def _runs(level: str) -> bool:
+    """Whether the library that a level needs is here."""
+    return all(_has(name) for name in _NEEDED.get(level, ()))
+
+
+def _has(library: str) -> bool:
+    return find_spec(library) is not None
 
 
 def _encoder(config: Mapping[str, Any]) -> Any:

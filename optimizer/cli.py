@@ -34,7 +34,11 @@ __all__ = ["analyze_command", "compile_command"]
     help="none, int8, int4, auto, ... (see README), or several, best first: none,int8 "
     "[default: the profile's]",
 )
-@click.option("--text-quant", help="int8w, int8-dyn, int4 or nf4: of text encoders [default: kept]")
+@click.option(
+    "--text-quant",
+    help="int8w, int8-dyn, llm-int8, torchao-int8-dyn, int4 or nf4: of text encoders "
+    "[default: kept]",
+)
 @click.option("--solver", help="rtn, mse, hqq, gptq or smoothquant [default: what suits the level]")
 @click.option("--budget", metavar="0.25x|BYTES", help="With auto: the denoiser's size at most.")
 @click.option("--min-quality", type=float, metavar="DB", help="With auto: the least SQNR.")

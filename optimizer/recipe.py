@@ -45,7 +45,9 @@ class Recipe(BaseModel):
     quant: str | None = None
     variants: tuple[str, ...] = ()
     """Further levels of the denoiser in the same bundle, beside `quant`; best first."""
-    text_quant: Literal["int8w", "int8-dyn", "int4", "nf4"] | None = None
+    text_quant: (
+        Literal["int8w", "int8-dyn", "llm-int8", "torchao-int8-dyn", "int4", "nf4"] | None
+    ) = None
     """Of the text encoders' linears; None keeps them, as small ones deserve."""
     solver: str | None = None
     """How codes are found; by default what suits the level."""

@@ -35,7 +35,11 @@ def kiln_version() -> str:
     return found if found != "absent" else "0"
 
 
-_OF_FORMATS = {"nf4": ("bitsandbytes", "nf4")}
+_OF_FORMATS = {
+    "llm-int8": ("bitsandbytes", "bitsandbytes"),
+    "nf4": ("bitsandbytes", "bitsandbytes"),
+    "torchao-int8-dyn": ("torchao", "torchao"),
+}
 """Format -> the library that runs it, and the extra that brings that."""
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "DEQUANTIZED_AT_ONCE",
     "FP4_VALUES",
     "FP8_MAX",
+    "LLM_INT8_OUTLIER",
     "NF4_BLOCK",
     "NF4_VALUES",
     "Format",
@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedLayer",
     "insert_quantized",
     "pack_int4",
+    "rows_at_once",
     "unpack_int4",
 ]
 
@@ -37,8 +38,14 @@ NF4_BLOCK = 64
 """Weights along a row (the kernel's places included) that share a peak, as in bitsandbytes."""
 
 
-DEQUANTIZED_AT_ONCE = 1 << 22
+LLM_INT8_OUTLIER = 6.0
+"""Size of an input from which on its column is multiplied in floats: Dettmers et al. 2022,
+"LLM.int8()", section 3.2."""
+
+_DEQUANTIZED_AT_ONCE = 1 << 22
 """Weights of a large linear: 8 or 16 MiB, of which a processor's caches hold most."""
+_ROWS_STEP = 64
+"""Rows at once are a multiple of it: four of AMX's tiles, which hold 16."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class Quantization:
     dynamic: bool = False
     """Whether a linear's input is rounded to int8 as it comes, with a scale a row (a token), and
     multiplied by the int8 codes in integers."""
+    library: Literal["", "bitsandbytes", "torchao"] = ""
+    """Whose kernels the eager engine runs a dynamic layer on; "": torch's own. bitsandbytes'
+    multiplies columns that have outliers in floats."""
 
     @property
     def bits(self) -> int:
@@ -263,7 +273,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the float layer does, on rounded weights and (where planned) rounded ends."""
         if self.quantization.dynamic:
-            return _rows_product(x, self.codes, self.scale, self.bias)
+            return self._rows_product(x)
         y = self._weighted(self._rounded_input(x))
         if self.down is not None and self.up is not None:
             y = y + self._correction(x, self.down, self.up)
@@ -271,6 +281,31 @@ class QuantizedLayer(nn.Module):
             return y
         rounded: Tensor = torch.ops.kiln.quantize_dequantize(y, self.output_scale)
         return rounded
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether it is a linear whose product is of int8, from inputs of any range."""
+        return self.quantization.dynamic
+
+    def _rows_product(self, x: Tensor) -> Tensor:
+        """`x` [..., in], its rows rounded to -127..127, times int8 codes, in integers."""
+        rows, scale = x.reshape(-1, x.shape[-1]).float(), self.scale.float()
+        if self.quantization.library == "bitsandbytes":
+            y = self._product_but_outliers(rows, scale)
+        else:
+            rounded, step = _rounded_rows(rows)
+            y = torch._int_mm(rounded, self.codes.t()) * step * scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _product_but_outliers(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The same of LLM.int8: columns of `rows` that hold an outlier are multiplied in floats."""
+        outliers = rows.abs() >= LLM_INT8_OUTLIER
+        columns = outliers.any(0)
+        rounded, step = _rounded_rows(rows.masked_fill(outliers, 0))
+        y = torch._int_mm(rounded.masked_fill(columns, 0), self.codes.t()) * step * scale
+        return y + rows[:, columns] @ (self.codes[:, columns] * scale[:, None]).t()
 
     def _rounded_input(self, x: Tensor) -> Tensor:
         ops, scale = torch.ops.kiln, self.activation_scale
@@ -289,8 +324,7 @@ class QuantizedLayer(nn.Module):
         """The product with the weight, and the bias: of a large linear in parts, whose dequantized
         weights stay in the processor's caches.
         """
-        width, bias = self.codes[0].numel(), self.bias
-        rows = max(DEQUANTIZED_AT_ONCE // width, 1)
+        rows, bias = rows_at_once(self.codes[0].numel()), self.bias
         whole = self.convolution is not None or torch.compiler.is_exporting()
         if whole or rows >= len(self.codes):
             return self._product(x, self.dequantized, bias)
@@ -325,15 +359,11 @@ _BUFFERS = (
 )
 
 
-def _rows_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`x` [..., in], its rows rounded to -127..127, times int8 `codes` [out, in], in integers."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    step = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    sums = torch._int_mm((rows / step).round().to(torch.int8), codes.t())  # torchao's kernel too
-    y = sums * step * scale.float()
-    if bias is not None:
-        y = y + bias
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+def _rounded_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes -127..127, and the step of each row [rows, 1]."""
+    tiny = torch.finfo(torch.float32).tiny
+    step = rows.abs().amax(1, keepdim=True).clamp(min=tiny) / 127
+    return (rows / step).round().to(torch.int8), step
 
 
 def _looked_up(values: tuple[float, ...], codes: Tensor, scale: Tensor, block: int) -> Tensor:
@@ -353,6 +383,11 @@ def convolution_of(layer: nn.Module) -> dict[str, Any] | None:
         "dilation": list(layer.dilation),
         "groups": layer.groups,
     }
+
+
+def rows_at_once(width: int) -> int:
+    """How many rows of a large linear's weight, of `width` each, are dequantized at once."""
+    return max(_DEQUANTIZED_AT_ONCE // width // _ROWS_STEP, 1) * _ROWS_STEP
 
 
 def insert_quantized(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -97,6 +97,7 @@ class Backend:
 _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
+_AS_THEY_COME = frozenset({"w8a16-dynamic", "llm-int8", "torchao-int8-dyn"})
 _CUDA_13 = "580"
 """The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
 for."""
@@ -239,8 +240,8 @@ BACKENDS: dict[str, Backend] = {
             ("fp32", "bf16"),
             "torch",
             "optimizer.backends.eager",
-            _INTEGERS | _FLOATS | {"w8a16-dynamic"},
-            frozenset({("w8a16-dynamic", 2)}),
+            _INTEGERS | _FLOATS | _AS_THEY_COME,
+            frozenset((name, 2) for name in _AS_THEY_COME),
             weight_bytes={"fp32": 8.0, "bf16": 4.0},  # the file, and the module's own
             low_bit_copies=2.0,
             runs=Runs("minimum", floor="2.11"),  # weights alone, for the code of any torch we take

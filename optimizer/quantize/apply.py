@@ -13,7 +13,17 @@ from optimizer.quantize.folding import gains
 from optimizer.quantize.observe import LayerStatistics, output_of
 from optimizer.quantize.policy import Policy
 from optimizer.quantize.ranges import best_range
-from optimizer.quantize.schemes import W4A16, W8A8, W8A16, Fp8, Nf4, Nvfp4, Scheme
+from optimizer.quantize.schemes import (
+    W4A16,
+    W8A8,
+    W8A16,
+    Fp8,
+    LlmInt8,
+    Nf4,
+    Nvfp4,
+    Scheme,
+    TorchaoInt8,
+)
 from optimizer.quantize.smoothing import Smoothing, smoothing
 from optimizer.quantize.solvers import SOLVERS
 from optimizer.quantize.solvers.grid import Grid, Inputs, as_matrix, from_matrix
@@ -171,7 +181,7 @@ def _quantized(
             form, tensors = _groups(weight, scheme, statistics.get(name), solver)
         case _:
             form, tensors = _rows(weight, statistics.get(name), solver, smooth)
-            form = replace(form, dynamic=isinstance(scheme, W8A16) and scheme.dynamic)
+            form = _rounding_as_it_comes(form, scheme)
     tensors |= _ends(name, scheme, statistics, smooth)
     if bias is not None:
         tensors["bias"] = bias.detach().float()
@@ -191,6 +201,18 @@ def _rows(
     codes = SOLVERS[how].solve(matrix, Grid(-127, 127, matrix.shape[1]), known)
     tensors = {"codes": from_matrix(codes.codes, weight.shape), "scale": codes.scale.flatten()}
     return Quantization("int8"), tensors
+
+
+def _rounding_as_it_comes(form: Quantization, scheme: Scheme) -> Quantization:
+    """The form, and who rounds the input where no calibrated scale does."""
+    match scheme:
+        case LlmInt8():
+            return replace(form, dynamic=True, library="bitsandbytes")
+        case TorchaoInt8():
+            return replace(form, dynamic=True, library="torchao")
+        case W8A16():
+            return replace(form, dynamic=scheme.dynamic)
+    return form
 
 
 def _groups(weight: Tensor, scheme: W4A16, inputs: LayerStatistics | None, solver: str) -> _Found:

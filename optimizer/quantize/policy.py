@@ -15,10 +15,12 @@ from optimizer.quantize.schemes import (
     W8A16,
     Fp8,
     Keep,
+    LlmInt8,
     Nf4,
     Nvfp4,
     Scheme,
     Shape,
+    TorchaoInt8,
 )
 from profiles.errors import SpecError
 
@@ -78,6 +80,8 @@ LEVELS: dict[str, Scheme] = {
     "int8": W8A8(),
     "int8w": W8A16(),
     "int8-dyn": W8A16(dynamic=True),
+    "llm-int8": LlmInt8(),
+    "torchao-int8-dyn": TorchaoInt8(),
     "int4": W4A16(),
     "int4-dyn": W4A16(dynamic=True),
     "fp8": Fp8(),

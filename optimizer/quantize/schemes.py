@@ -17,9 +17,11 @@ __all__ = [
     "W8A16",
     "Fp8",
     "Keep",
+    "LlmInt8",
     "Nf4",
     "Nvfp4",
     "Scheme",
+    "TorchaoInt8",
 ]
 
 Shape = tuple[int, ...]
@@ -67,10 +69,19 @@ class Keep(_Scheme):
         return math.prod(shape) * float_bytes
 
 
-class W8A16(_Scheme):
+class _Int8Weights(_Scheme):
     """int8 weights, one scale an output channel; no calibrated scale rounds the input."""
 
     bits: ClassVar[int] = 8
+
+    def fitted(self, shape: Shape) -> Scheme:
+        """Inputs of convolutions aren't rounded as they come."""
+        return W8A16() if len(shape) > 2 else self  # type: ignore[return-value]
+
+
+class W8A16(_Int8Weights):
+    """int8 weights; the input stays what it is, or is rounded as it comes."""
+
     kind: Literal["w8a16"] = "w8a16"
     dynamic: bool = False
     """A linear's input is rounded to int8 as it comes, a token's values with a scale of its own."""
@@ -80,9 +91,20 @@ class W8A16(_Scheme):
         """Backends differ in which of the variants they take."""
         return "w8a16-dynamic" if self.dynamic else "w8a16"
 
-    def fitted(self, shape: Shape) -> Scheme:
-        """Inputs of convolutions aren't rounded."""
-        return W8A16() if len(shape) > 2 else self
+
+class LlmInt8(_Int8Weights):
+    """A linear's input is rounded as it comes, but for columns with outliers, by bitsandbytes.
+
+    Dettmers et al. 2022, "LLM.int8()", section 3.2.
+    """
+
+    kind: Literal["llm-int8"] = "llm-int8"
+
+
+class TorchaoInt8(_Int8Weights):
+    """What a dynamic W8A16 is, on torchao's tensors."""
+
+    kind: Literal["torchao-int8-dyn"] = "torchao-int8-dyn"
 
 
 class W8A8(_Scheme):
@@ -196,6 +218,9 @@ class Nvfp4(_Scheme):
         return math.ceil(math.prod(shape) / 2) + math.prod(shape) // 16 + 4
 
 
-Scheme = Annotated[Keep | W8A16 | W8A8 | W4A16 | Fp8 | Nf4 | Nvfp4, Field(discriminator="kind")]
+Scheme = Annotated[
+    Keep | W8A16 | LlmInt8 | TorchaoInt8 | W8A8 | W4A16 | Fp8 | Nf4 | Nvfp4,
+    Field(discriminator="kind"),
+]
 
 KEEP = Keep()

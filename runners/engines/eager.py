@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from profiles.errors import BundleError, SpecError
+from runners.bitsandbytes_layers import LlmInt8Layer, Nf4Layer
 from runners.engines.base import Array, Buffer, Engine
 from runners.low_rank import LowRank
 from runners.modules import WRAPPERS, component_from_config
-from runners.nf4 import Nf4Layer
 from runners.quantized import (
     Quantization,
     QuantizedLayer,
@@ -24,9 +24,11 @@ from runners.quantized import (
     unpack_int4,
 )
 from runners.stored_tensors import read_tensors
+from runners.torchao_layers import TorchaoInt8Layer
 
 __all__ = ["EagerEngine", "eager_module", "eager_state"]
 
+_OF_LIBRARIES = {"bitsandbytes": LlmInt8Layer, "torchao": TorchaoInt8Layer}
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,7 +39,7 @@ class EagerEngine(Engine):
     With a file `lora`, which holds what quantizing multiplied layers' ends with, it takes low-rank
     inputs as well: added to weights of floats, products of their own beside low-bit ones.
 
-    Raises MissingError for NF4 layers without bitsandbytes.
+    Raises MissingError for layers of a library that isn't installed.
     """
 
     exhausted = ("can't allocate memory", "not enough memory", "out of memory")
@@ -62,8 +64,7 @@ class EagerEngine(Engine):
     @property
     def low_bit_layers(self) -> int:
         """Linears whose products are of int8: those that round their inputs as they come."""
-        layers = (one for one in self._module.modules() if isinstance(one, QuantizedLayer))
-        return sum(layer.quantization.dynamic for layer in layers)
+        return sum(bool(getattr(layer, "dynamic", False)) for layer in self._module.modules())
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
         self._low_rank.hold(feeds, self._dtype, compiled=False)
@@ -96,6 +97,7 @@ def eager_state(component: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]
                 "format": form.format,
                 "group": form.group,
                 "dynamic": form.dynamic,
+                "library": form.library,
                 "convolution": layer.convolution,
                 "shape": list(layer.codes.shape),
             }
@@ -141,12 +143,16 @@ def _layer(name: str, form: Mapping[str, Any], state: dict[str, Tensor]) -> nn.M
         codes, peaks, bias = tensors["codes"], tensors["scale"].float(), tensors.get("bias")
         convolution = form["convolution"]
         return Nf4Layer(codes, peaks, tuple(form["shape"]), bias=bias, convolution=convolution)
-    quantization = Quantization(form["format"], form["group"], form.get("dynamic", False))
+    library = form.get("library", "")
+    quantization = Quantization(form["format"], form["group"], form.get("dynamic", False), library)
     if quantization.bits == 4:
         signed = quantization.format == "int4"
         tensors["codes"] = unpack_int4(tensors["codes"], tuple(form["shape"]), signed=signed)
     if tensors["scale"].dtype == torch.float16:
         tensors["scale"] = tensors["scale"].float()
+    if library:
+        made = _OF_LIBRARIES[library]
+        return made(tensors["codes"], tensors["scale"], tensors.get("bias"))
     return QuantizedLayer(quantization, tensors, form["convolution"])
 
 

@@ -204,7 +204,7 @@ def test_a_baseline_that_is_not_known_or_not_installed_is_refused(
     with pytest.raises(SpecError, match=r"names 'tvm': use torch\.compile, torchao-int8, "):
         Wish("m", tmp_path, ("none",), baselines=("tvm",))  # type: ignore[arg-type]
     monkeypatch.setattr(baselines, "find_spec", lambda _name: None)
-    for name, extra in (("torchao-int8-dyn", "torchao"), ("bitsandbytes-nf4", "nf4")):
+    for name, extra in (("torchao-int8-dyn", "torchao"), ("bitsandbytes-nf4", "bitsandbytes")):
         wish = Wish(str(model), tmp_path, ("none",), baselines=(name,))  # type: ignore[arg-type]
         with pytest.raises(MissingError, match=rf'pip install "kiln-diffusion\[{extra}\]"'):
             baseline_contestants(wish, resolve(str(model)))

@@ -65,8 +65,9 @@ def values(*shape: int, seed: int = 0) -> Tensor:
 HOW = How("onnxruntime", "fp32", "denoiser", "unet", SIGNATURE)
 
 
+FOR_TORCH = ("nf4", "w8a16-dynamic", "llm-int8", "torchao-int8-dyn")
 SCHEMES: dict[str, Scheme] = {
-    **{n: s for n, s in LEVELS.items() if s.format not in ("nf4", "w8a16-dynamic")},
+    **{n: s for n, s in LEVELS.items() if s.format not in FOR_TORCH},
     "int4z": W4A16(symmetric=False),
     "int4r": W4A16(rank=8),
     "int8o": W8A8(output=True),

@@ -190,6 +190,10 @@ def test_text_encoders_are_kept_unless_they_are_asked_for(tiny_model: Path) -> N
     assert asked["text_encoder"] == ("int8w", {"w8a16"})
     assert asked["unet"] == ("none", set())
     assert levels(text_quant="int8-dyn")["text_encoder"] == ("int8-dyn", {"w8a16-dynamic"})
+    for level in ("llm-int8", "torchao-int8-dyn"):
+        assert levels(text_quant=level)["text_encoder"] == (level, {level})
+    with pytest.raises(UnsupportedError, match="doesn't read llm-int8; use --backend eager"):
+        planned(tiny_model, quant="none", backend="openvino", text_quant="llm-int8")
     with pytest.raises(UnsupportedError, match="doesn't read nf4; use --backend eager"):
         planned(tiny_model, quant="none", backend="onnxruntime", text_quant="nf4")
 

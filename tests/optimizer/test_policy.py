@@ -73,6 +73,6 @@ def test_an_unknown_level_names_the_known_ones() -> None:
     with pytest.raises(SpecError) as caught:
         default_policy("int3", family("sd1").component("unet"))
     assert str(caught.value) == (
-        "--quant int3 is not known: use one of none, int8, int8w, int8-dyn, int4, int4-dyn, fp8, "
-        "nf4, nvfp4, auto."
+        "--quant int3 is not known: use one of none, int8, int8w, int8-dyn, llm-int8, "
+        "torchao-int8-dyn, int4, int4-dyn, fp8, nf4, nvfp4, auto."
     )

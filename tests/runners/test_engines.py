@@ -256,6 +256,7 @@ def test_openvino_reads_back_the_manifests_properties(opened: Opened) -> None:
         ("eager", "nf4"),
         ("eager", "fp8"),
         ("eager", "int8-dyn"),
+        ("eager", "llm-int8"),
     ],
 )
 def test_a_level_loses_on_every_backend_what_the_oracle_loses(
@@ -321,6 +322,7 @@ def test_only_the_dynamic_level_lets_openvino_round_inputs_as_they_come(
         ("openvino", "int8", "w8a8", (2, 4)),
         ("onnxruntime", "int4", "w4a16", (2,)),
         ("eager", "int8-dyn", "w8a16-dynamic", (2,)),
+        ("eager", "llm-int8", "llm-int8", (2,)),
     ],
 )
 def test_a_backend_runs_on_low_bit_kernels_what_it_should(

@@ -15,6 +15,7 @@ from runners.quantized import (
     convolution_of,
     insert_quantized,
     pack_int4,
+    rows_at_once,
     unpack_int4,
 )
 
@@ -107,13 +108,18 @@ def test_a_large_linear_is_dequantized_in_parts_but_exported_whole(
         return found
 
     monkeypatch.setattr(QuantizedLayer, "_dequantized", watched)
-    monkeypatch.setattr("runners.quantized.DEQUANTIZED_AT_ONCE", 3 * 64 + 5)
+    monkeypatch.setattr("runners.quantized.rows_at_once", lambda width: 200 // width)
     x = torch.randn(2, 5, 64)
     torch.testing.assert_close(rounded(x), float_layer(x), rtol=1e-5, atol=1e-3)  # of hundreds
     assert rows == [3, 3, 1]
     rows.clear()
     torch.export.export(rounded, (x,), strict=False)
     assert rows == [7]
+
+
+@pytest.mark.parametrize(("width", "rows"), [(4096, 1024), (10240, 384), (1 << 23, 64)])
+def test_parts_are_of_whole_tiles_of_rows(width: int, rows: int) -> None:
+    assert rows_at_once(width) == rows
 
 
 def test_e4m3_stays_e4m3_when_floats_are_widened_or_narrowed() -> None:

@@ -31,7 +31,7 @@ def dequantized(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", ["int8w", "int8-dyn", "int4", "nf4"])
+@pytest.mark.parametrize("level", ["int8w", "int8-dyn", "llm-int8", "int4", "nf4"])
 @torch.no_grad()
 def test_a_t5_of_low_bits_is_the_float_one_with_rounded_weights(
     level: str, dtype: torch.dtype
@@ -50,5 +50,6 @@ def test_a_t5_of_low_bits_is_the_float_one_with_rounded_weights(
     found = engine(tokens).last_hidden_state
     assert found.dtype == dtype
     error = float((found.float() - expected).norm() / expected.norm())
-    rounds = 0.02 if level == "int8-dyn" else 1e-3  # steps of 1/127; scales stored in 16 bits
+    inputs = level.endswith(("-dyn", "int8"))  # are rounded to 127ths; scales are stored in 16 bits
+    rounds = 0.02 if inputs else 1e-3
     assert error < (rounds if dtype == torch.float32 else 0.05)

@@ -1,4 +1,4 @@
-"""NF4 layers run on bitsandbytes' kernels: the oracle's numbers, from codes of 4 bits."""
+"""Layers on bitsandbytes' kernels: the oracle's numbers, from codes of 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.quantize.apply import quantized_layer
-from optimizer.quantize.schemes import Nf4
+from optimizer.quantize.schemes import W8A16, LlmInt8, Nf4
 from profiles.errors import MissingError
+from runners.bitsandbytes_layers import LlmInt8Layer, Nf4Layer
 from runners.engines.eager import _layer, eager_state
-from runners.nf4 import Nf4Layer
 
 Kiln = Callable[..., Any]
 LAYERS = {
@@ -41,7 +41,7 @@ def test_it_gives_what_the_oracle_gives(name: str) -> None:
 
 
 def test_a_large_linear_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runners.nf4.DEQUANTIZED_AT_ONCE", 10 * 128)
+    monkeypatch.setattr("runners.bitsandbytes_layers.rows_at_once", lambda width: 1280 // width)
     rounded, found, x = both("linear")
     assert isinstance(found, Nf4Layer)
     assert [len(codes) for codes, _ in found._parts] == [640, 640, 256]
@@ -62,11 +62,58 @@ def test_codes_stay_in_4_bits_in_memory() -> None:
     assert stored == 24 * 64 * 9 / 2
 
 
+def int8_layers(*, bias: bool = True) -> tuple[nn.Linear, nn.Module, nn.Module]:
+    """A float layer, the oracle's, and what the eager engine makes of it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 24, bias=bias)
+    rounded = quantized_layer("layer", layer, LlmInt8(), {})
+    layers, state = eager_state(nn.ModuleDict({"layer": rounded}))
+    rounded.scale = state["layer.scale"].float()  # which is stored in 16 bits
+    return layer, rounded, _layer("layer", layers["layer"], state)
+
+
+def with_outliers(*shape: int) -> Tensor:
+    """Inputs as trained transformers have them: a few columns are a hundred times the others."""
+    x = torch.randn(shape)
+    x[..., (5, 77)] *= 100
+    return x
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 128), (7, 128), (1, 128)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_llm_int8_gives_what_the_oracle_gives(shape: tuple[int, ...], bias: bool) -> None:
+    _, rounded, found = int8_layers(bias=bias)
+    assert isinstance(found, LlmInt8Layer)
+    silent = with_outliers(*shape)
+    silent[..., 0, :] = 0
+    for x in (torch.randn(shape), with_outliers(*shape), silent):
+        torch.testing.assert_close(found(x), rounded(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_llm_int8_keeps_what_outliers_would_take_from_the_others() -> None:
+    layer, _, found = int8_layers()
+    plain = quantized_layer("layer", layer, W8A16(dynamic=True), {})
+    x = with_outliers(50, 128)
+    exact, lost = layer(x), {}
+    for name, one in (("outliers in floats", found), ("all rounded", plain)):
+        lost[name] = float((one(x) - exact).square().sum())
+    assert lost["outliers in floats"] < lost["all rounded"] / 4
+    bf16 = found.to(torch.bfloat16)(x.bfloat16()).float()
+    assert float((bf16 - exact).norm() / exact.norm()) < 0.02
+
+
+def test_llm_int8_rounds_no_inputs_of_convolutions() -> None:
+    assert LlmInt8().fitted((24, 64, 3, 3)) == W8A16()
+    assert LlmInt8().fitted((24, 64)) == LlmInt8()
+
+
 def test_without_bitsandbytes_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingError, match=r'pip install "kiln-diffusion\[nf4\]"'):
+    with pytest.raises(MissingError, match=r'pip install "kiln-diffusion\[bitsandbytes\]"'):
         both("linear")
 
 
@@ -79,6 +126,6 @@ def test_compile_names_it_before_any_work(
     out = tmp_path / "out"
     ended = kiln("compile", tiny_model, "--backend", "eager", "--quant", "nf4", "-o", out)
     assert ended.code == 17
-    assert "needs bitsandbytes, which isn't installed: run pip install \"kiln-diffusion[comp" in (
+    assert "needs bitsandbytes, which isn't installed: run pip install \"kiln-diffusion[bits" in (
         ended.sentence
     )

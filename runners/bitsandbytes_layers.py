@@ -1,6 +1,6 @@
-"""NF4 layers on bitsandbytes' kernels, where codes stay in 4 bits; the one file that imports it.
+"""Layers on bitsandbytes' kernels, NF4's and LLM.int8's; the one file that imports it.
 
-Its numbers are those of runners.quantized: the same quantiles, times the fp32 peak of each block.
+Their numbers are those of runners.quantized, which is their oracle.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiles.errors import MissingError
-from runners.quantized import DEQUANTIZED_AT_ONCE, NF4_BLOCK, NF4_VALUES
+from runners.quantized import LLM_INT8_OUTLIER, NF4_BLOCK, NF4_VALUES, rows_at_once
 
-__all__ = ["Nf4Layer"]
+__all__ = ["LlmInt8Layer", "Nf4Layer"]
 
 
 class Nf4Layer(nn.Module):
@@ -46,7 +46,7 @@ class Nf4Layer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._convolution = None if convolution is None else dict(convolution)
         width = int(torch.Size(shape[1:]).numel())
-        rows = shape[0] if convolution else max(DEQUANTIZED_AT_ONCE // width, 1)
+        rows = shape[0] if convolution else rows_at_once(width)
         self._parts = [
             (codes, self._state(scales.flatten(), (len(scales), *shape[1:])))
             for codes, scales in zip(
@@ -81,6 +81,35 @@ class Nf4Layer(nn.Module):
         return y if bias is None else y.add_(bias)
 
 
+class LlmInt8Layer(nn.Module):
+    """A linear whose input is rounded to int8 as it comes, but for columns with outliers.
+
+    `codes`: int8 [out, in]; `scale`: fp32 [out]. Raises MissingError without bitsandbytes.
+    """
+
+    weight: None = None  # as that of QuantizedLayer
+    dynamic = True
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Say the scales as the library does: what code 127 stands for."""
+        super().__init__()
+        self._library = _bitsandbytes()
+        self._codes, self._peaks = codes, 127 * scale
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What QuantizedLayer does of this form."""
+        rows = x.reshape(-1, x.shape[-1])
+        rounded, peaks, outliers = self._library.functional.int8_vectorwise_quant(
+            rows, threshold=LLM_INT8_OUTLIER
+        )
+        y: Tensor
+        y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+            rows, rounded, self._codes, peaks, self._peaks, outliers, self.bias
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
 def _bitsandbytes() -> Any:
     """The library; MissingError, with the command that installs it, where it is absent."""
     try:
@@ -89,7 +118,7 @@ def _bitsandbytes() -> Any:
             import bitsandbytes
     except ImportError as error:
         raise MissingError(
-            "NF4 layers run on bitsandbytes, which isn't installed: run "
-            'pip install "kiln-diffusion[nf4]".'
+            "NF4 and LLM.int8 layers run on bitsandbytes, which isn't installed: run "
+            'pip install "kiln-diffusion[bitsandbytes]".'
         ) from error
     return bitsandbytes

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ _PROMPTS = (
     "a large yellow triangle in the middle, on a plain black background",
     "a small blue circle on the right, on a plain red background",
 )
-_FULL_SIZE = (("openvino", "int8"), ("onnxruntime", "int8"), ("eager", "none"))
+_FULL_SIZE = (
+    ("sd15", "openvino", "int8"),
+    ("sd15", "onnxruntime", "int8"),
+    ("sd15", "eager", "none"),
+    ("sd15-wide", "aoti", "int8"),
+)
 _BACKENDS = (
     ("onnxruntime", "int8"),
     ("eager", "none"),
@@ -82,13 +87,15 @@ def measure_backends(console: Console, out: Path) -> dict[str, Any]:
 
 
 def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
-    """A Stable Diffusion 1.5 of random weights, LoRAs of rank 32: backend and level -> figures."""
+    """A Stable Diffusion 1.5 of random weights, or a part of it, LoRAs of rank 32: backend and
+    level -> figures.
+    """
     found = {}
-    for backend, quant in _FULL_SIZE:
+    for model, backend, quant in _FULL_SIZE:
         name = f"{backend} {quant}"
-        title = f"full-size {FULL_SIZE['sd15'].title} on {name}"
-        bundle = full_bundle("sd15", out, console, backend, quant)
-        found[name] = _measured(console, title, bundle, (32, 32))
+        title = f"full-size {FULL_SIZE[model].title} on {name}"
+        bundle = full_bundle(model, out, console, backend, quant)
+        found[name] = {"model": model, **_measured(console, title, bundle, (32, 32))}
     return found
 
 
@@ -118,17 +125,17 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def lines_of_full_size(found: Mapping[str, Any]) -> list[str]:
     """The same of every backend of the full size."""
-    return _lines_of(found, _FULL_SIZE)
+    return _lines_of(found)
 
 
 def lines_of_backends(found: Mapping[str, Any]) -> list[str]:
     """The same of every backend of the reference model."""
-    return _lines_of(found, _BACKENDS)
+    return _lines_of(found)
 
 
-def _lines_of(found: Mapping[str, Any], measured: Sequence[tuple[str, str]]) -> list[str]:
-    names = (f"{backend} {quant}" for backend, quant in measured)
-    return [f"{name}: {line}" for name in names for line in lines(found[name])]
+def _lines_of(found: Mapping[str, Any]) -> list[str]:
+    measured = {name: one for name, one in found.items() if name != "conditions"}
+    return [f"{name}: {line}" for name, one in measured.items() for line in lines(one)]
 
 
 def measure_bundle(

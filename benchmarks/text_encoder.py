@@ -78,33 +78,38 @@ def measure_ways(
     """
     import torch
 
+    from runners.engines.eager import eager_module
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     torch.manual_seed(0)
     config = {**sizes, "num_layers": blocks, "dropout_rate": 0.0, "model_type": "t5"}
     plain = _encoder(config)
     prompts = [torch.randint(0, sizes["vocab_size"], (1, length)) for length in lengths]
     with torch.inference_mode():
         exact = [plain(tokens).last_hidden_state for tokens in prompts]
-    found = {}
-    for done, dtype in enumerate(("fp32", "bf16")):
-        progress(done, 2)
-        found[dtype] = _measured(plain, dtype, prompts, exact, rounds)
+    levels = [level for level in _LEVELS if all(map(_has, _NEEDED.get(level, ())))]
+    prepared, found = {}, {}
+    for done, level in enumerate(levels):
+        progress(done, len(levels) + len(dtypes))
+        prepared[level] = _prepared(plain, level)
+    for done, (dtype, kind) in enumerate(dtypes.items()):
+        progress(len(levels) + done, len(levels) + len(dtypes))
+        changed = copy.deepcopy(plain).to(kind)
+        ways = {_PLAIN: changed}
+        for level, made in prepared.items():
+            ways[level] = eager_module(*made).to(kind)
+        for name in _LIBRARIES:
+            if _has(name.split("-")[0]):
+                ways[name] = _theirs(changed, name)
+        found[dtype] = _measured(ways, dtype, prompts, exact, rounds)
     document = {"blocks": blocks, "threads": torch.get_num_threads(), "dtypes": found}
     out.write_text(json.dumps(document), "utf-8")
 
 
 def _measured(
-    plain: Any, dtype: str, prompts: Sequence[Any], exact: Sequence[Any], rounds: int
+    ways: Mapping[str, Any], dtype: str, prompts: Sequence[Any], exact: Sequence[Any], rounds: int
 ) -> dict[str, Any]:
     """The rows of one dtype: `exact` holds what fp32 makes of the prompts."""
-    import torch
-
-    changed = copy.deepcopy(plain).to(getattr(torch, {"fp32": "float32"}.get(dtype, "bfloat16")))
-    ways = {_PLAIN: changed}
-    for name in (*_LEVELS, *_LIBRARIES):
-        if name in _LEVELS and _runs(name):
-            ways[name] = _ours(plain, name).to(changed.dtype)
-        elif name in _LIBRARIES and _has(name.split("-")[0]):
-            ways[name] = _theirs(changed, name)
     rows: dict[str, dict[str, Any]] = {
         name: {"bytes": _bytes(module), "tokens": {}} for name, module in ways.items()
     }
@@ -122,11 +127,6 @@ def _measured(
     return rows
 
 
-def _runs(level: str) -> bool:
-    """Whether the library that a level needs is here."""
-    return all(_has(name) for name in _NEEDED.get(level, ()))
-
-
 def _has(library: str) -> bool:
     return find_spec(library) is not None
 
@@ -137,13 +137,13 @@ def _encoder(config: Mapping[str, Any]) -> Any:
     return T5EncoderModel(T5Config(**config)).eval()
 
 
-def _ours(plain: Any, level: str) -> Any:
-    """The module that the eager engine of a bundle with `--text-quant LEVEL` opens."""
+def _prepared(plain: Any, level: str) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """What a bundle with `--text-quant LEVEL` holds of the module, as the eager engine takes it."""
     from safetensors.torch import save
 
     from optimizer.quantize.apply import planned_layers, quantized_layers
     from optimizer.quantize.policy import LEVELS, Policy, Rule
-    from runners.engines.eager import eager_module, eager_state
+    from runners.engines.eager import eager_state
     from runners.quantized import insert_quantized
 
     policy = Policy(rules=(Rule(pattern="*", scheme=LEVELS[level]),), solver="mse")
@@ -151,7 +151,7 @@ def _ours(plain: Any, level: str) -> Any:
     insert_quantized(module, quantized_layers(module, planned_layers(module, policy), {}, "mse"))
     layers, state = eager_state(module)
     config = {**plain.config.to_dict(), "_class_name": "T5EncoderModel"}
-    return eager_module(config, layers, save(state))
+    return config, layers, save(state)
 
 
 def _theirs(plain: Any, baseline: str) -> Any:

@@ -89,12 +89,14 @@ class LlmInt8Layer(nn.Module):
 
     weight: None = None  # as that of QuantizedLayer
     dynamic = True
+    codes: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Say the scales as the library does: what code 127 stands for."""
         super().__init__()
         self._library = _bitsandbytes()
-        self._codes, self._peaks = codes, 127 * scale
+        self.register_buffer("codes", codes, persistent=False)
+        self._peaks = 127 * scale
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class LlmInt8Layer(nn.Module):
         )
         y: Tensor
         y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            rows, rounded, self._codes, peaks, self._peaks, outliers, self.bias
+            rows, rounded, self.codes, peaks, self._peaks, outliers, self.bias
         )
         return y.view(*x.shape[:-1], -1)
 

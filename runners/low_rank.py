@@ -113,11 +113,39 @@ class LowRank:
             return output + (x @ down) @ up
         if torch.compiler.is_exporting():
             # inductor compiles convolutions for the traced number of filters alone (torch 2.13)
-            patches = F.unfold(x, self._targets[name].kernel, **_geometry(layer))
-            thin = down.transpose(0, 1).flatten(1) @ patches
-            return output + (up.t() @ thin).view_as(output)
+            thin = _convolved(x, down, _geometry(layer), output.shape[-2:])
+            return output + (thin @ up).permute(0, 3, 1, 2)
         thin = F.conv2d(x, down.transpose(0, 1), **_geometry(layer))
         return output + torch.einsum("brhw,ro->bohw", thin, up)
+
+
+def _convolved(
+    x: Tensor, down: Tensor, geometry: Mapping[str, Sequence[int]], sides: Sequence[int]
+) -> Tensor:
+    """[batch, height, width, rank]: the convolution of x with A, whose sides are `sides`.
+
+    Without a kernel of dynamic size: the products of all places first, which are then moved by
+    their places and summed. Channels are last, as in packages, where no copy is needed then.
+    """
+    height, width = down.shape[2:]
+    products = x.permute(0, 2, 3, 1) @ down.permute(0, 2, 3, 1).flatten(1)
+    above, before = geometry["padding"]
+    products = F.pad(products, (0, 0, before, before, above, above))
+    products = products.unflatten(-1, (height * width, -1))
+    ends = [step * (side - 1) + 1 for step, side in zip(geometry["stride"], sides, strict=True)]
+    found: Tensor | None = None
+    for place in range(height * width):
+        starts = (
+            by * apart for by, apart in zip(divmod(place, width), geometry["dilation"], strict=True)
+        )
+        rows, columns = (
+            slice(start, start + end, step)
+            for start, end, step in zip(starts, ends, geometry["stride"], strict=True)
+        )
+        moved = products[:, rows, columns, place]
+        found = moved if found is None else found + moved
+    assert found is not None
+    return found
 
 
 def _geometry(layer: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class TorchaoInt8Layer(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Make the library's tensor of the codes as they are."""
         super().__init__()
-        self._weight = _int8_tensor(codes, scale)
+        self.register_buffer("codes", codes, persistent=False)
+        self._weight = _int8_tensor(codes, scale)  # of the same memory
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ Baseline = Literal[
     "torch.compile", "torchao-int8", "torchao-int8-dyn", "bitsandbytes-int8", "bitsandbytes-nf4"
 ]
 
-_OUTLIER = 6.0
-"""llm_int8_threshold, as diffusers and transformers have it by default."""
 _EXTRAS = ("torchao", "bitsandbytes")
 """Libraries, which are extras too."""
 
@@ -64,6 +62,8 @@ def change_linears(module: Any, baseline: str, kept: tuple[str, ...] = ()) -> No
 
 def _of_bitsandbytes(form: str) -> Callable[[Any], Any]:
     """What turns a linear into bitsandbytes' own: diffusers' loader refuses to without a card."""
+    from runners.quantized import LLM_INT8_OUTLIER  # diffusers' default too
+
     library: Any = import_module("bitsandbytes.nn")
     # which says at every call that it reads float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -73,7 +73,7 @@ def _of_bitsandbytes(form: str) -> Callable[[Any], Any]:
         changed: Any
         if form == "int8":
             fixed: dict[str, Any] = {"has_fp16_weights": False}
-            changed = library.Linear8bitLt(*sides, bias=False, threshold=_OUTLIER, **fixed)
+            changed = library.Linear8bitLt(*sides, bias=False, threshold=LLM_INT8_OUTLIER, **fixed)
             changed.weight = library.Int8Params(weight, requires_grad=False, **fixed)
         else:
             fixed = {"quant_type": "nf4", "compress_statistics": False}  # diffusers' defaults

@@ -35,13 +35,8 @@ _BLOCKS = 2
 _TOKENS = (77, 512)
 """SD3's prompts without options, and FLUX.1-dev's."""
 _LEVELS = ("int8w", "int8-dyn", "llm-int8", "torchao-int8-dyn", "nf4")
-_LIBRARIES = ("torchao-int8", "torchao-int8-dyn", "bitsandbytes-int8", "bitsandbytes-nf4")
+_BASELINES = ("torchao-int8", "torchao-int8-dyn", "bitsandbytes-int8", "bitsandbytes-nf4")
 _PLAIN = "torch"
-_NEEDED = {
-    "llm-int8": ("bitsandbytes",),
-    "nf4": ("bitsandbytes",),
-    "torchao-int8-dyn": ("torchao",),
-}
 
 
 def measure(console: Console, _out: Path) -> dict[str, Any]:
@@ -78,6 +73,8 @@ def measure_ways(
     """
     import torch
 
+    from optimizer.quantize.policy import LEVELS
+    from optimizer.tools import LIBRARIES
     from runners.engines.eager import eager_module
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,7 +84,7 @@ def measure_ways(
     prompts = [torch.randint(0, sizes["vocab_size"], (1, length)) for length in lengths]
     with torch.inference_mode():
         exact = [plain(tokens).last_hidden_state for tokens in prompts]
-    levels = [level for level in _LEVELS if all(map(_has, _NEEDED.get(level, ())))]
+    levels = [name for name in _LEVELS if _has(LIBRARIES.get(LEVELS[name].format, "torch"))]
     prepared, found = {}, {}
     for done, level in enumerate(levels):
         progress(done, len(levels) + len(dtypes))
@@ -98,7 +95,7 @@ def measure_ways(
         ways = {_PLAIN: changed}
         for level, made in prepared.items():
             ways[level] = eager_module(*made).to(kind)
-        for name in _LIBRARIES:
+        for name in _BASELINES:
             if _has(name.split("-")[0]):
                 ways[name] = _theirs(changed, name)
         found[dtype] = _measured(ways, dtype, prompts, exact, rounds)

@@ -14,7 +14,7 @@ from optimizer.digests import digest, sha256_file
 from profiles.errors import MissingError, UnsupportedError
 from runners.engines import EXTRAS
 
-__all__ = ["EXPORT", "TORCH", "kiln_version", "require_libraries", "versions"]
+__all__ = ["EXPORT", "LIBRARIES", "TORCH", "kiln_version", "require_libraries", "versions"]
 
 TORCH = ("torch", "diffusers", "transformers")
 """What decides the numbers of the fp32 model."""
@@ -35,12 +35,12 @@ def kiln_version() -> str:
     return found if found != "absent" else "0"
 
 
-_OF_FORMATS = {
-    "llm-int8": ("bitsandbytes", "bitsandbytes"),
-    "nf4": ("bitsandbytes", "bitsandbytes"),
-    "torchao-int8-dyn": ("torchao", "torchao"),
+LIBRARIES = {
+    "llm-int8": "bitsandbytes",
+    "nf4": "bitsandbytes",
+    "torchao-int8-dyn": "torchao",
 }
-"""Format -> the library that runs it, and the extra that brings that."""
+"""Format -> the library that runs it, of whose name there is an extra."""
 
 
 def require_libraries(backends: Collection[str], formats: Collection[str] = ()) -> None:
@@ -48,7 +48,7 @@ def require_libraries(backends: Collection[str], formats: Collection[str] = ()) 
     UnsupportedError where a card is needed and missing.
     """
     needed = {"onnx": "compile", "onnxscript": "compile"}
-    needed |= dict(_OF_FORMATS[name] for name in formats if name in _OF_FORMATS)
+    needed |= {LIBRARIES[name]: LIBRARIES[name] for name in formats if name in LIBRARIES}
     for name in backends:
         if name in EXTRAS:
             needed[BACKENDS[name].library] = EXTRAS[name]

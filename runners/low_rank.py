@@ -7,7 +7,8 @@ so that a step costs what it does without them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -127,25 +128,15 @@ def _convolved(
     Without a kernel of dynamic size: the products of all places first, which are then moved by
     their places and summed. Channels are last, as in packages, where no copy is needed then.
     """
-    height, width = down.shape[2:]
+    (dy, dx), (sy, sx), (py, px) = (geometry[n] for n in ("dilation", "stride", "padding"))
+    height, width = (sy * (sides[0] - 1) + 1, sx * (sides[1] - 1) + 1)
+    rows = [slice(start, start + height, sy) for start in range(0, dy * down.shape[2], dy)]
+    columns = [slice(start, start + width, sx) for start in range(0, dx * down.shape[3], dx)]
     products = x.permute(0, 2, 3, 1) @ down.permute(0, 2, 3, 1).flatten(1)
-    above, before = geometry["padding"]
-    products = F.pad(products, (0, 0, before, before, above, above))
-    products = products.unflatten(-1, (height * width, -1))
-    ends = [step * (side - 1) + 1 for step, side in zip(geometry["stride"], sides, strict=True)]
-    found: Tensor | None = None
-    for place in range(height * width):
-        starts = (
-            by * apart for by, apart in zip(divmod(place, width), geometry["dilation"], strict=True)
-        )
-        rows, columns = (
-            slice(start, start + end, step)
-            for start, end, step in zip(starts, ends, geometry["stride"], strict=True)
-        )
-        moved = products[:, rows, columns, place]
-        found = moved if found is None else found + moved
-    assert found is not None
-    return found
+    products = F.pad(products, (0, 0, px, px, py, py))
+    products = torch.unflatten(products, -1, (len(rows) * len(columns), -1))
+    places = enumerate(product(rows, columns))
+    return reduce(torch.add, [products[:, *at, place] for place, at in places])
 
 
 def _geometry(layer: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optimizer.backends import Backend, backend
+from optimizer.backends import INT8_PRODUCTS, Backend, backend
 from optimizer.job import Job
 from profiles.hardware import BF16, INT8_DOT
 from runners.needs import release
@@ -73,7 +73,7 @@ def requires_of(
 
 def _rounds_inputs(job: Job) -> bool:
     """Whether layers run on int8 products."""
-    return any(scheme.format == "w8a8" for scheme in job.layers.values())
+    return any(scheme.format in INT8_PRODUCTS for scheme in job.layers.values())
 
 
 def _library(known: Backend, built_by: str) -> LibraryNeed:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from optimizer.progress import Progress
 from runners.signature import Signature
 
-__all__ = ["BACKENDS", "Backend", "Built", "How", "Runs", "backend", "builder"]
+__all__ = ["BACKENDS", "INT8_PRODUCTS", "Backend", "Built", "How", "Runs", "backend", "builder"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ _INTEGERS = frozenset({"w8a16", "w8a8", "w4a16", "w4a16-zero-points"})
 _ON_CARDS = frozenset({"w8a16", "w8a8", "w4a16", "fp8", "nvfp4"})
 _FLOATS = frozenset({"fp8", "nf4", "nvfp4"})
 _AS_THEY_COME = frozenset({"w8a16-dynamic", "llm-int8", "torchao-int8-dyn"})
+INT8_PRODUCTS = _AS_THEY_COME | {"w8a8"}
+"""Formats whose linears multiply int8 with int8."""
 _CUDA_13 = "580"
 """The first driver for CUDA 13 (its release notes), which the wheels of both TensorRTs are built
 for."""

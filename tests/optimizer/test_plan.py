@@ -15,10 +15,12 @@ from optimizer.plan import Plan, make_plan, with_policy
 from optimizer.quantize.policy import Policy, Rule
 from optimizer.quantize.schemes import W4A16
 from optimizer.recipe import Recipe
+from optimizer.requiring import requires_of
 from optimizer.sizes import GRAPH_BYTES
 from optimizer.source import resolve
 from profiles import hardware, profile
 from profiles.errors import SpecError, UnsupportedError
+from profiles.hardware import INT8_DOT
 
 Kiln = Callable[..., Any]
 MakeBundle = Callable[..., Path]
@@ -219,3 +221,15 @@ def test_a_budget_below_the_smallest_is_refused_before_anything_is_measured(
     assert not known.undecided
     assert known.denoiser.policy == policy
     assert {job.quant for job in known.jobs if job.spec.role != "denoiser"} == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("level", "fast"),
+    [("int8w", ()), ("int8-dyn", (INT8_DOT,)), ("llm-int8", (INT8_DOT,)), ("int8", (INT8_DOT,))],
+)
+def test_an_engine_says_that_it_is_slow_without_8_bit_products_where_it_has_some(
+    tiny_model: Path, level: str, fast: tuple[tuple[str, ...], ...]
+) -> None:
+    job = planned(tiny_model, quant=level, backend="eager").denoiser
+    needs = requires_of(job, built_on=("Linux", "x86_64"), version="2.13.0", memory_bytes=1)
+    assert needs.fast_isa == fast

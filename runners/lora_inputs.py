@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from runners.engines.base import Array
 from runners.signature import Dim, Signature, TensorSpec
 
 __all__ = [
@@ -18,7 +15,6 @@ __all__ = [
     "UP",
     "Target",
     "compiled_rank_tensors",
-    "compiled_ranks",
     "convolution_layers",
     "lora_inputs",
     "lora_targets",
@@ -29,7 +25,7 @@ MOST_RANK = 4096
 """Of all LoRAs together; a layer's own width is the most that makes a difference."""
 
 LEAST_COMPILED_RANK = 2
-"""Of an input of compiled code: torch.export takes sizes of 0 and 1 for constants."""
+"""Of an input of code that is compiled for a card, where no axis is empty."""
 
 _RANK = "rank"
 DOWN = ".lora_A"
@@ -96,32 +92,15 @@ def _block(layer: str) -> str:
     return layer.rpartition(".")[0]
 
 
-def compiled_ranks(feeds: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
-    """The feeds, some or all; matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
-    short = {
-        name: np.pad(feeds[name], [(0, missing if i == axis else 0) for i in range(len(shape))])
-        for name, shape, axis, missing in _short(feeds, signature)
-    }
-    return {**feeds, **short}
-
-
 def compiled_rank_tensors(feeds: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
-    """The same of torch tensors."""
+    """The feeds, some or all; matrices of ranks below `LEAST_COMPILED_RANK` have zeros up to it."""
     from torch.nn.functional import pad
 
     short = {}
-    for name, shape, axis, missing in _short(feeds, signature):
-        behind = [0, 0] * (len(shape) - axis - 1)  # pad counts from the last axis
-        short[name] = pad(feeds[name], [*behind, 0, missing])
-    return {**feeds, **short}
-
-
-def _short(
-    feeds: Mapping[str, Any], signature: Signature
-) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Name, shape and rank's axis of what has too small a rank, and how much is missing."""
     for spec in signature.inputs:
         if _RANK in spec.axes and spec.name in feeds:
-            shape, axis = tuple(feeds[spec.name].shape), spec.axes.index(_RANK)
-            if (missing := LEAST_COMPILED_RANK - shape[axis]) > 0:
-                yield spec.name, shape, axis, missing
+            axis = spec.axes.index(_RANK)
+            if (missing := LEAST_COMPILED_RANK - feeds[spec.name].shape[axis]) > 0:
+                behind = [0, 0] * (len(spec.axes) - axis - 1)  # pad counts from the last axis
+                short[spec.name] = pad(feeds[spec.name], [*behind, 0, missing])
+    return {**feeds, **short}

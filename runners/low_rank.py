@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runners.engines.base import Array, Buffer
-from runners.lora_inputs import DOWN, UP, compiled_ranks, lora_inputs, lora_targets
+from runners.lora_inputs import DOWN, UP, lora_inputs, lora_targets
 from runners.merging import Factors, Merging, float_layers
 from runners.signature import Signature
 
@@ -58,15 +58,13 @@ class LowRank:
         self._factors.to(device)
 
     @torch.no_grad()
-    def hold(self, feeds: Mapping[str, Array], dtype: torch.dtype, *, compiled: bool) -> None:
+    def hold(self, feeds: Mapping[str, Array], dtype: torch.dtype) -> None:
         """Take the low-rank inputs for all calls until this is called again: weights of floats are
-        changed by them, others have them beside, in `dtype` and of ranks for compiled code.
+        changed by them, others have them beside, in `dtype`.
         """
         for name, weight in self._merging.changes(feeds):
             self._merged[name].get_parameter("weight").copy_(weight)
         beside = {f"{name}{end}": feeds[f"{name}{end}"] for name in self._targets for end in _ENDS}
-        if compiled:
-            beside = compiled_ranks(beside, self._signature)
         cast = {name: torch.from_numpy(array).to(dtype) for name, array in beside.items()}
         self.take(cast, ())
 

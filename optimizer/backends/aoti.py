@@ -27,7 +27,6 @@ from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.aoti_package import scan_package, tensor_facts
 from runners.engines.eager import eager_module
-from runners.lora_inputs import LEAST_COMPILED_RANK
 from runners.low_rank import LowRank
 from runners.lowered import Product, lower_layers, processor_product, store_in
 from runners.modules import WRAPPERS
@@ -98,9 +97,8 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
 def build_form(source: Path, out: Path, how: How, name: str) -> Built:
     """Write the form's own package, over the plain one's file of weights where that is beside it.
 
-    Ranks of low-rank inputs are dynamic, from `LEAST_COMPILED_RANK` on. Where all weights are of
-    floats, those inputs are added to them, and the package is that of the form without. Raises as
-    `build`.
+    Ranks of low-rank inputs are dynamic, 0 included. Where all weights are of floats, those inputs
+    are added to them, and the package is that of the form without. Raises as `build`.
     """
     parts = name.split("+")
     if "lora" not in parts or json.loads((source / "layers.json").read_text("utf-8")):
@@ -208,11 +206,15 @@ def sized_inputs(
 
 
 def exported(module: nn.Module, signature: Signature, device: str = "cpu") -> Any:
-    """torch.export's program with the signature's ranges, widened to what it was traced with."""
+    """torch.export's program with the signature's ranges, widened to what it was traced with.
+
+    It begins all ranges at 2, whatever it is told (torch 2.13); processors' code is right for sizes
+    of 0 (a rank) and 1 all the same, which the checks of every build run.
+    """
     sizes, hint = traced_sizes(signature), torch.export.Dim.DYNAMIC
     dims = {
         dim.name: hint(
-            min=LEAST_COMPILED_RANK if dim.free else min(dim.min, sizes[dim.name]),
+            min=min(dim.min, sizes[dim.name]),
             max=max(dim.max, sizes[dim.name]),
         )
         for dim in signature.dims

@@ -37,7 +37,6 @@ from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.aoti_blocks import flat_call
 from runners.engines.aoti_package import tensor_facts
-from runners.lora_inputs import LEAST_COMPILED_RANK, MOST_RANK
 from runners.low_rank import LowRank
 from runners.lowered import processor_product
 from runners.signature import Signature
@@ -230,8 +229,7 @@ def export_block(typed: Typed, kind: Kind) -> Any:
     if kind.adapted:
         assert typed.low_rank is not None
         matrices = typed.low_rank.matrices(typed.low_rank.layers_in(block).values())
-        rank = hint(min=LEAST_COMPILED_RANK, max=MOST_RANK)
-        ranks = [{1: rank}, {0: rank}] * len(kind.adapted)
+        ranks = [{1: hint}, {0: hint}] * len(kind.adapted)
     dynamic = ((*shapes, *({} for _ in weights), *ranks),)
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 from profiles.errors import BundleError
 from runners.engines.aoti_package import Package, require_platform, scan_package
 from runners.engines.base import Array, Engine, Properties
-from runners.lora_inputs import compiled_ranks, lora_inputs, lora_targets
+from runners.lora_inputs import lora_inputs, lora_targets
 from runners.merging import Factors, Merging
 from runners.signature import Signature
 from runners.stored_tensors import read_tensors
@@ -63,9 +63,7 @@ class AotiEngine(Engine):
 
     def _tensors(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         """As the package takes them, but for those that it doesn't take."""
-        taken = {name: feeds[name] for name in self._names if name in feeds}
-        arrays = compiled_ranks(taken, self.signature)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: torch.from_numpy(feeds[name]) for name in self._names if name in feeds}
 
     def _close(self) -> None:
         del self._package, self._merging

@@ -64,7 +64,7 @@ class AotiBlocksEngine(Engine):
         self._low_rank = low_rank
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
-        self._low_rank.hold(feeds, self._dtype, compiled=True)
+        self._low_rank.hold(feeds, self._dtype)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:

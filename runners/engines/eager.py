@@ -67,7 +67,7 @@ class EagerEngine(Engine):
         return sum(bool(getattr(layer, "dynamic", False)) for layer in self._module.modules())
 
     def _hold(self, feeds: Mapping[str, Array]) -> None:
-        self._low_rank.hold(feeds, self._dtype, compiled=False)
+        self._low_rank.hold(feeds, self._dtype)
 
     @torch.inference_mode()
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:

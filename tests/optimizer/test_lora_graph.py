@@ -18,7 +18,6 @@ from optimizer.onnx_files import read_graph
 from runners.lora_inputs import (
     Target,
     compiled_rank_tensors,
-    compiled_ranks,
     convolution_layers,
     lora_targets,
     with_lora,
@@ -162,13 +161,14 @@ def test_layers_beside_kernels_are_told_from_the_others() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
-def test_ranks_that_compiled_code_does_not_take_get_zeros(rank: int) -> None:
+def test_ranks_that_cards_code_does_not_take_get_zeros(rank: int) -> None:
     import torch
 
     signature = with_lora(SIGNATURE, {"a": Target(6, 5), "c": Target(5, 7, (3, 3))})
     feeds = {"x": drawn(2, 6), "a.lora_A": drawn(6, rank), "a.lora_B": drawn(rank, 5)}
     feeds |= {"c.lora_A": drawn(5, rank, 3, 3), "c.lora_B": drawn(rank, 7)}
-    found = compiled_ranks(feeds, signature)
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    found = {n: t.numpy() for n, t in compiled_rank_tensors(tensors, signature).items()}
     assert found["a.lora_A"].shape == (6, max(rank, 2))
     assert found["c.lora_A"].shape == (5, max(rank, 2), 3, 3)
     for name in ("a", "c"):
@@ -177,9 +177,6 @@ def test_ranks_that_compiled_code_does_not_take_get_zeros(rank: int) -> None:
         assert np.array_equal(up[:rank], feeds[f"{name}.lora_B"])
         assert not down[:, rank:].any()
         assert not up[rank:].any()
-    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    for name, tensor in compiled_rank_tensors(tensors, signature).items():
-        assert np.array_equal(tensor.numpy(), found[name])
 
 
 def test_a_form_is_over_the_plain_graphs_weights(tmp_path: Path) -> None:

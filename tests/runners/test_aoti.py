@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from optimizer.backends.aoti import (
     FILES,
@@ -139,7 +140,7 @@ def low_bit(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def test_low_rank_inputs_of_any_rank_beside_low_bit_weights(tmp_path: Path) -> None:
-    """Each layer's rank is its own, and compiled code takes none below 2."""
+    """Each layer's rank is its own, 0 and 1 included, which torch's ranges leave out."""
     torch.manual_seed(0)
     module = nn.Sequential(quantized("int8", 64, 64), nn.SiLU(), quantized("int4", 32, 64))
     lowered = lower_layers(module, processor_product)
@@ -159,6 +160,33 @@ def test_low_rank_inputs_of_any_rank_beside_low_bit_weights(tmp_path: Path) -> N
                 wanted = lowered[layer]._product(lowered[layer], wanted) + (wanted @ down) @ up
                 wanted = nn.functional.silu(wanted) if layer == "0" else wanted
             np.testing.assert_allclose(engine(feeds)["y"], wanted.detach().numpy(), atol=0.05)
+
+
+def test_low_rank_inputs_of_any_rank_beside_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 4, 3, stride=2, padding=1)
+    )
+    dims = (Dim(name="height", min=8, opt=16, max=64), Dim(name="width", min=8, opt=16, max=64))
+    plain = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", axes=(2, 8, "height", "width")),),
+        outputs=(TensorSpec(name="y", dtype="float32", axes=(2, 4, "height", "width")),),
+        dims=dims,
+    )
+    form = with_lora(plain, {"0": Target(8, 16, (3, 3)), "2": Target(16, 4, (3, 3))})
+    found = made(tmp_path, module, frozen=True, signature=form)
+    with found.engine(signature=form) as engine:
+        for ranks in ((0, 0), (1, 4), (3, 0)):
+            x = torch.randn(2, 8, 10, 23)
+            feeds, wanted = {"x": x.numpy()}, x
+            for layer, rank, inside, out in (("0", ranks[0], 8, 16), ("2", ranks[1], 16, 4)):
+                one = module[int(layer)]
+                down, up = 0.2 * torch.randn(inside, rank, 3, 3), 0.2 * torch.randn(rank, out)
+                feeds |= {f"{layer}.lora_A": down.numpy(), f"{layer}.lora_B": up.numpy()}
+                changed = one.weight + torch.einsum("irhw,ro->oihw", down, up)
+                wanted = F.conv2d(wanted, changed, one.bias, one.stride, one.padding)
+                wanted = F.silu(wanted) if layer == "0" else wanted
+            np.testing.assert_allclose(engine(feeds)["y"], wanted.numpy(), atol=1e-4)
 
 
 def test_held_low_rank_inputs_are_added_to_weights_of_floats(tmp_path: Path) -> None:

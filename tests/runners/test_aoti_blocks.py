@@ -23,7 +23,6 @@ from profiles.errors import BundleError
 from runners.engines.aoti_blocks import insert_blocks
 from runners.engines.aoti_cuda import AotiCudaEngine
 from runners.engines.eager import EagerEngine, eager_state
-from runners.lora_inputs import compiled_ranks
 from runners.lowered import processor_product
 from runners.modules import WRAPPERS
 from runners.quantized import insert_quantized
@@ -197,19 +196,18 @@ def test_each_block_gets_its_own_layers_low_rank_matrices(source: Path) -> None:
     assert [kind.adapted for kind in kinds] == [[], ["proj_mlp"]]
     arrays, wanted = adapted_call(source)
     assert typed.low_rank is not None
-    typed.low_rank.hold(arrays, torch.float32, compiled=True)
+    typed.low_rank.hold(arrays, torch.float32)
     packages = packages_of(typed_of(source, "lora"), kinds)
     insert_blocks(typed.wrapper, documents_of(kinds), packages, typed.low_rank)
     with torch.no_grad():
-        given = compiled_ranks(arrays, signature)
-        found = typed(*(torch.from_numpy(given[spec.name]) for spec in signature.inputs))
+        found = typed(*(torch.from_numpy(arrays[spec.name]) for spec in signature.inputs))
     np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-4)
     assert [package.calls for package in packages] == [2, 3]
 
 
 def adapted_call(source: Path) -> tuple[dict[str, Any], Any]:
-    """Inputs whose low-rank ones change a lot, one of a rank that packages wouldn't take, and what
-    the eager engine gives.
+    """Inputs whose low-rank ones change a lot, one of rank 1 and one of none, and what the eager
+    engine gives.
     """
     signature = prepared_forms(source)["lora"]
     sizes = {"batch": 2, "sequence": 10, "tokens": 5, "rank": 3}
@@ -221,6 +219,8 @@ def adapted_call(source: Path) -> tuple[dict[str, Any], Any]:
     for name in ("lora_A", "lora_B"):
         key = f"single_transformer_blocks.1.proj_mlp.{name}"
         lora[key] = lora[key][:, :1] if name == "lora_A" else lora[key][:1]
+        key = f"single_transformer_blocks.2.proj_mlp.{name}"
+        lora[key] = lora[key][:, :0] if name == "lora_A" else lora[key][:0]
     arrays = {name: x.numpy() for name, x in {**feeds, **lora}.items()}
     with eager_engine(source, signature) as engine:
         wanted = engine(arrays)["out"]

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from runners.refitting import TRANSPOSED
+
 __all__ = ["clean", "fold_fp4", "name_transposed"]
 
 
@@ -24,7 +26,7 @@ def name_transposed(graph: ir.Graph) -> None:
     for node in graph:
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is not None and source.is_initializer():
-            node.outputs[0].name = f"{source.name}.transposed"
+            node.outputs[0].name = f"{source.name}{TRANSPOSED}"
 
 
 def _share_small_initializers(graph: ir.Graph) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from optimizer.quantize.apply import quantizable_layers
 from runners.lora_inputs import Target, lora_inputs
 from runners.quantized import QuantizedLayer
+from runners.refitting import weight_layer
 
 __all__ = ["Factors", "add_low_rank", "factors", "layer_of", "targets"]
 
@@ -83,9 +84,7 @@ def layer_of(node: ir.Node) -> str | None:
         if source.op_type not in ("Transpose", "DequantizeLinear"):
             return None
         value = source.inputs[0]
-    name = str(value.name if value is not None else "").removesuffix(".transposed")
-    layer, _, leaf = name.removeprefix("module.").rpartition(".")
-    return layer if leaf in ("weight", "codes") else None
+    return weight_layer(str(value.name)) if value is not None else None
 
 
 def _unrounded(value: ir.Value) -> ir.Value:

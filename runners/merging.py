@@ -52,16 +52,17 @@ class Merging:
         self._factors = factors
         self._changed: set[str] = set()
 
-    def changes(self, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Tensor]]:
+    def changes(self, feeds: Mapping[str, Array | Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Layer and weight, where it may be another than after the last call: the sum in float32,
-        or as it is stored.
+        on the device of the feeds, or as it is stored.
         """
         for name, stored in self._weights.items():
-            down, up = (torch.from_numpy(feeds[f"{name}{end}"]) for end in (DOWN, UP))
+            down, up = (torch.as_tensor(feeds[f"{name}{end}"]) for end in (DOWN, UP))
             if up.shape[0]:
                 self._changed.add(name)
                 down, up = self._factors.scaled(name, down, up)
-                yield name, torch.einsum("ir...,ro->oi...", down, up).add_(stored)
+                added = torch.einsum("ir...,ro->oi...", down, up)
+                yield name, added.add_(stored.to(added.device))
             elif name in self._changed:
                 self._changed.remove(name)
                 yield name, stored

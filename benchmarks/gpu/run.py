@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.conditions import load_average, tool_versions
 from benchmarks.gpu.denoisers import DENOISERS, ROWS, measure_denoiser
+from benchmarks.gpu.loras import measure_form
 from benchmarks.gpu.peers import published
 from profiles.errors import KilnError
 from runners.bundle import Bundle, open_bundle
@@ -110,6 +111,8 @@ def _component(bundle: Bundle, entry: ComponentEntry) -> dict[str, Any]:
             row |= _interleaved(
                 {"engine": lambda: engine.on_device(feeds), **_peers(bundle, entry)}
             )
+        if "lora" in entry.forms:
+            row["lora"] = measure_form(bundle, entry, feeds, _interleaved)
     except KilnError as error:
         row["refused"] = str(error)
         row |= _interleaved(_peers(bundle, entry))

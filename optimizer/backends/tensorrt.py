@@ -4,37 +4,42 @@ The graph is narrowed first, with every type written out, and nothing is left to
 choice of precision. On a machine without a card, ONNX Runtime runs the graph that went in, in the
 engine's place, when it is checked (`prove`).
 
-A form (optimizer.forms) is an engine of its own, whose weights are in its file once more: sharing
-them takes a refit, for which TensorRT-RTX wants a card where it builds.
+A form (optimizer.forms) is an engine of its own, whose weights are in its file once more. Where all
+weights are of floats and the library can replace them (TensorRT, which builds on the card itself;
+TensorRT-RTX wants a driver where it builds such engines), LoRAs are added to the weights instead:
+their form is the engine without them, with its weights beside it.
 """
 
 from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import onnx_ir as ir
+import safetensors.numpy
 
 from optimizer.backends import Built, How
 from optimizer.forms import form_graph, prepared_forms
 from optimizer.graph import fold_fp4
 from optimizer.narrow import narrow
-from optimizer.onnx_files import read_stored
+from optimizer.onnx_files import read_graph, read_stored
 from optimizer.progress import Progress
 from profiles.errors import BuildError
 from runners.engines.tensorrt import LIBRARIES, card_capability, import_library
 from runners.engines.tensorrt_plan import HEADER_BYTES, read_header
-from runners.lora_inputs import LEAST_COMPILED_RANK
+from runners.lora_inputs import LEAST_COMPILED_RANK, lora_targets
+from runners.refitting import TRANSPOSED, weight_layer
 from runners.signature import Dim, TensorSpec
 
-__all__ = ["build", "build_form", "low_bit_layers", "prove"]
+__all__ = ["build", "build_form", "low_bit_layers", "mark_refitted", "prove", "refitted_weights"]
 
 _GRAPH = "model.onnx"
+_WEIGHTS = "weights.safetensors"
 _LOW = {"Int8", "Int4", "FP8", "FP4"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _SHOWN = 5
@@ -45,33 +50,74 @@ def build(source: Path, out: Path, how: How, progress: Progress) -> Built:
 
     Raises BuildError with the library's own words.
     """
-    return _build(source / _GRAPH, out / "engine.plan", how, progress)
+    return _build(source, out, how, "", progress)
 
 
 def build_form(source: Path, out: Path, how: How, name: str) -> Built:
-    """Write NAME.plan; raises as `build`."""
-    how = replace(how, signature=prepared_forms(source)[name])
-    return _build(source / form_graph(name), out / f"{name}.plan", how, None)
+    """Write NAME.plan, or the weights that LoRAs are added to; raises as `build`."""
+    rest = "+".join(part for part in name.split("+") if part != "lora")
+    if rest == name or not refitted_weights(source, how):
+        return _build(source, out, replace(how, signature=prepared_forms(source)[name]), name, None)
+    if not (out / _plan_name(rest)).is_file():
+        build_form(source, out, how, rest)
+    if not (out / _WEIGHTS).is_file():
+        _write_weights(source, out / _WEIGHTS, how)
+    return Built({"engine": _plan_name(rest), "weights": _WEIGHTS}, _properties(how))
 
 
-def _build(source: Path, out: Path, how: How, progress: Progress | None) -> Built:
-    log = _Log()
-    with TemporaryDirectory(dir=out.parent) as private:
+def _plan_name(form: str) -> str:
+    return f"{form or 'engine'}.plan"
+
+
+def _build(source: Path, out: Path, how: How, form: str, progress: Progress | None) -> Built:
+    log, plan = _Log(), out / _plan_name(form)
+    with TemporaryDirectory(dir=out) as private:
         graph = Path(private) / "narrow.onnx"
-        products = _write_narrow(source, how, graph)
+        products = _write_narrow(source / (form_graph(form) if form else _GRAPH), how, graph)
         gc.collect()  # graphs are full of cycles, and would keep the exported file mapped
-        _build_plan(graph, how, log, progress, out)
-    _check_header(out, how)
+        _build_plan(graph, how, log, progress, plan, refitted_weights(source, how))
+    _check_header(plan, how)
     return Built(
-        files={"engine": out.name},
-        properties={
-            "library": LIBRARIES[how.backend].module,
-            "version": str(import_library(how.backend).__version__),
-            "capabilities": ",".join(how.capabilities or _own_card(how)),
-            "weight_streaming": how.weight_streaming,
-        },
+        files={"engine": plan.name},
+        properties=_properties(how),
         low_bit_layers=_seen_low_bits(log.lines, products),
     )
+
+
+def _properties(how: How) -> dict[str, str | int | float | bool]:
+    return {
+        "library": LIBRARIES[how.backend].module,
+        "version": str(import_library(how.backend).__version__),
+        "capabilities": ",".join(how.capabilities or _own_card(how)),
+        "weight_streaming": how.weight_streaming,
+    }
+
+
+def refitted_weights(source: Path, how: How) -> list[str]:
+    """The names of the weights in the prepared graph that LoRAs are added to in the engine; none
+    where the library can't replace them, they stream (nobody has tried both at once), or one of the
+    layers that take LoRAs has no floats.
+    """
+    form = prepared_forms(source).get("lora")
+    if form is None or how.weight_streaming or not LIBRARIES[how.backend].refits:
+        return []
+    there = read_graph(source / _GRAPH).graph.initializers
+    floats = (name for name in there if name.removesuffix(TRANSPOSED).endswith(".weight"))
+    found = {weight_layer(name): name for name in floats}
+    targets = lora_targets(form)
+    return [found[layer] for layer in targets] if targets.keys() <= found.keys() else []
+
+
+def _write_weights(source: Path, path: Path, how: How) -> None:
+    """The weights as the engine has them, to be added to."""
+    model = read_stored(source / _GRAPH)
+    narrow(model, how.dtype)
+    tensors = {}
+    for name in refitted_weights(source, how):
+        weight = model.graph.initializers[name].const_value
+        assert weight is not None
+        tensors[name] = weight.numpy()
+    safetensors.numpy.save_file(tensors, path)
 
 
 def _own_card(how: How) -> tuple[str, ...]:
@@ -142,9 +188,16 @@ class _Log:
         return "\n".join([*self.lines[-200:], *self.errors])
 
 
-def _build_plan(graph: Path, how: How, log: _Log, progress: Progress | None, out: Path) -> None:
+def _build_plan(
+    graph: Path,
+    how: How,
+    log: _Log,
+    progress: Progress | None,
+    out: Path,
+    refitted: Sequence[str],
+) -> None:
     """Read the graph, build, and write the engine to `out` as it comes: a copy of it in memory
-    would be the peak.
+    would be the peak. The weights called `refitted` can be replaced in it.
     """
     trt = import_library(how.backend)
     logger = _logger(trt, log)
@@ -157,6 +210,9 @@ def _build_plan(graph: Path, how: How, log: _Log, progress: Progress | None, out
         raise BuildError(f"{how.backend} can't read the exported graph: {first}.", log=log.text())
     _let_attention_decompose(trt, network)
     config = _configured(trt, builder, how)
+    if refitted:
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        mark_refitted(network, refitted)
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     with out.open("wb") as stream:
@@ -164,6 +220,15 @@ def _build_plan(graph: Path, how: How, log: _Log, progress: Progress | None, out
         if not builder.build_serialized_network_to_stream(network, config, writer):
             words = "; ".join(log.errors[-_SHOWN:]) or "no reason given"
             raise BuildError(f"{how.backend} can't build {how.role}: {words}.", log=log.text())
+
+
+def mark_refitted(network: Any, names: Sequence[str]) -> None:
+    """Let the engine's weights of these names be replaced, and no others: what must be replaceable
+    can't be folded into something else. BuildError where the network has none of that name.
+    """
+    for name in names:
+        if not network.mark_weights_refittable(name):
+            raise BuildError(f"The network has no weights called {name}: report the model.")
 
 
 def _parser_words(error: Any) -> str:
@@ -177,8 +242,6 @@ def _configured(trt: Any, builder: Any, how: How) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if how.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if LIBRARIES[how.backend].refits:
-        config.set_flag(trt.BuilderFlag.REFIT)
     if LIBRARIES[how.backend].cross:
         wanted = [getattr(trt.ComputeCapability, _sm(name)) for name in how.capabilities]
         config.num_compute_capabilities = len(wanted)

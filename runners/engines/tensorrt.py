@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import platformdirs
 import torch
 from torch import Tensor
@@ -24,13 +23,12 @@ from profiles.errors import (
     DeviceMismatch,
     MissingError,
     OutOfMemory,
-    SpecError,
-    UnsupportedError,
 )
 from profiles.target import sm
-from runners.engines.base import Array, DeviceEngine, Properties
+from runners.engines.base import DeviceEngine, Properties
 from runners.engines.tensorrt_plan import read_header
 from runners.lora_inputs import compiled_rank_tensors
+from runners.refitting import Refitting
 
 __all__ = ["LIBRARIES", "Library", "TensorRtEngine", "card_capability", "import_library"]
 
@@ -50,8 +48,11 @@ class Library:
     library itself records CUDA graphs; else torch does."""
     refits: bool
     """Whether its engines' weights can be replaced: TensorRT-RTX 1.7 needs a driver to build such
-    engines, and ours are built without."""
+    engines, and ours are built for cards that aren't there."""
 
+
+_TYPES = {torch.float16: "HALF", torch.bfloat16: "BF16", torch.float32: "FLOAT"}
+"""Of weights that can be replaced -> the library's DataType."""
 
 LIBRARIES = {
     "tensorrt-rtx": Library(
@@ -103,6 +104,8 @@ _ARENA = _Arena()
 class TensorRtEngine(DeviceEngine):
     """files: `engine`. Properties: `library`, `version`, `capabilities`, `weight_streaming`.
 
+    With a file `weights` (safetensors, by their names in the graph) low-rank inputs are added to
+    these of its weights when they are held.
     Raises DeviceMismatch where the library's version, or the card, isn't what the engine is for.
     """
 
@@ -161,6 +164,8 @@ class TensorRtEngine(DeviceEngine):
         self._graph: Any = None
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
+        weights = self.files.get("weights")
+        self._refitting = None if weights is None else Refitting(weights, self.signature)
 
     def _require_whole(self) -> None:
         """Raise BundleError where the file's own header and the manifest contradict."""
@@ -205,28 +210,42 @@ class TensorRtEngine(DeviceEngine):
         name = f"{self._library.distribution}-{self._trt.__version__}-{sm(card_capability())}"
         return root / "kernels" / name
 
-    def refit(self, weights: Mapping[str, Array]) -> None:
-        """Replace weights by their names in the exported graph; none of them unless all can be.
+    def _hold(self, feeds: Mapping[str, Tensor]) -> None:
+        if self._refitting is not None:
+            self._refit(self._refitting, feeds)
 
-        Contexts and recorded graphs stay valid. Raises UnsupportedError where the engine wasn't
-        built for that, SpecError with the names that it doesn't have, or whose sizes differ.
+    def _refit(self, refitting: Refitting, feeds: Mapping[str, Tensor]) -> None:
+        """Let the engine's weights be those to which these are added; BundleError where it refuses.
+
+        What the library fused with a changed weight is given again, unchanged. A recorded graph may
+        have read weights where they no longer are: it is recorded anew.
         """
-        if not self._library.refits:
-            raise UnsupportedError(
-                f"{self._library.distribution} engines that were built without a card can't take "
-                "other weights: compile with --backend tensorrt on the card."
-            )
+        changed = refitting.changes(feeds)
+        if not changed:
+            return
         refitter = self._trt.Refitter(self._engine, self._logger)
-        if unknown := sorted(weights.keys() - set(refitter.get_all_weights())):
-            raise SpecError(f"The engine has no weights called {', '.join(unknown)}.")
-        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-        wrong = [n for n, array in kept.items() if not refitter.set_named_weights(n, array)]
-        if wrong:
-            raise SpecError(f"The engine's {', '.join(sorted(wrong))} have other sizes or types.")
+        self._give(refitter, changed)
+        beside = set(refitter.get_missing_weights()) & refitting.stored.keys()
+        self._give(refitter, {name: refitting.stored[name] for name in beside})
+        torch.cuda.synchronize()  # no step reads the old ones, and all sums are made
         if not refitter.refit_cuda_engine():
             self._made(None, "refit")
+        self._bound, self._graph = (), None
+
+    def _give(self, refitter: Any, weights: Mapping[str, Tensor]) -> None:
+        """Let the refitter know weights, which stay where they are until it is done with them."""
+        for name, tensor in weights.items():
+            kind = getattr(self._trt.DataType, _TYPES[tensor.dtype])
+            given = self._trt.Weights(kind, tensor.data_ptr(), tensor.numel())
+            where = getattr(self._trt.TensorLocation, "DEVICE" if tensor.is_cuda else "HOST")
+            if not refitter.set_named_weights(name, given, where):
+                self._made(None, f"replace {name} in")
 
     def _run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._refitting is not None:
+            if not self._refitting.inputs <= self.held.keys():
+                self._refit(self._refitting, feeds)
+            feeds = {n: x for n, x in feeds.items() if n not in self._refitting.inputs}
         feeds = compiled_rank_tensors(feeds, self.signature)
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         caller = torch.cuda.current_stream()
@@ -299,7 +318,7 @@ class TensorRtEngine(DeviceEngine):
             _replace(self._kernels_path(), bytes(self._kernels.serialize()))
         self._inputs, self._outputs, self._bound = {}, {}, ()
         self._graph = None
-        del self._context, self._engine, self._runtime
+        del self._context, self._engine, self._runtime, self._refitting
 
 
 def _library(properties: Properties) -> Library:

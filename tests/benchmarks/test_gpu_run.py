@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.gpu.denoisers import DENOISERS, ROWS, _empty
+from benchmarks.gpu.loras import measure_form
 from benchmarks.gpu.run import main
+from runners.bundle import open_bundle
 
 MakeBundle = Callable[..., Path]
 
@@ -41,6 +43,28 @@ def test_what_is_refused_is_an_answer_and_the_rest_is_measured(
     for row in found["components"].values():
         assert "no NVIDIA card is usable here" in row["refused"]
         assert row["ms"]["eager"] > 0
+
+
+def test_a_lora_changes_what_an_engine_gives_and_its_negative_takes_it_back(
+    bundle: MakeBundle,
+) -> None:
+    """In fp32, on a processor's engine, in the place of a card's."""
+    import torch
+
+    found = open_bundle(bundle("onnxruntime", lora=True))
+    entry = found.manifest.component("denoiser")
+    sizes = {dim.name: dim.nearest(dim.opt) for dim in entry.signature.dims}
+    feeds = {
+        spec.name: torch.randn([sizes[a] if isinstance(a, str) else a for a in spec.axes])
+        for spec in entry.signature.inputs
+    }
+
+    def called(contestants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        return {name: run() for name, run in contestants.items()}
+
+    row = measure_form(found, entry, feeds, called)
+    assert row["with_db"] < 40 < 90 < row["cancelled_db"]
+    assert set(row) >= {"rank", "first_hold_seconds", "hold_seconds", "plain", "lora"}
 
 
 def measured(tmp_path: Path, section: str, *options: str) -> dict[str, Any]:

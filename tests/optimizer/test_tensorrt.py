@@ -315,18 +315,6 @@ def test_a_file_that_contradicts_the_manifest_is_not_loaded(
         engine.__enter__()
 
 
-def test_weights_of_an_engine_built_without_a_card_are_not_replaced(bundle: MakeBundle) -> None:
-    """The library itself can't build engines with replaceable weights where there is no driver."""
-    from profiles.errors import UnsupportedError
-    from runners.engines.tensorrt import LIBRARIES, TensorRtEngine
-
-    entry = read_manifest(bundle("tensorrt-rtx", "int8", "fp16", CARDS)).component("denoiser")
-    engine = TensorRtEngine({}, signature=entry.signature, properties=entry.properties, threads=1)
-    engine._library = LIBRARIES["tensorrt-rtx"]
-    with pytest.raises(UnsupportedError, match="compile with --backend tensorrt on the card"):
-        engine.refit({})
-
-
 UNEXECUTED = {
     "_engine": (
         "ICudaEngine",
@@ -361,7 +349,7 @@ UNEXECUTED = {
             "set_runtime_cache",
         },
     ),
-    "refitter": ("Refitter", {"get_all_weights", "refit_cuda_engine", "set_named_weights"}),
+    "refitter": ("Refitter", {"get_missing_weights", "refit_cuda_engine", "set_named_weights"}),
     "_kernels": ("IRuntimeCache", {"deserialize", "serialize"}),
 }
 """What of the library's API no machine of ours has executed: it needs a driver."""

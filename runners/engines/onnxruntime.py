@@ -52,6 +52,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # a session's threads would wait in a loop after a run, and take the cores from what runs next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     accuracy = str(properties[ACCURACY])
     options.add_session_config_entry(ACCURACY, accuracy)
     Engine._same(ACCURACY, accuracy, options.get_session_config_entry(ACCURACY))

@@ -10,17 +10,21 @@ import gzip
 import io
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, final
 
 import numpy as np
 import openvino as ov
+from openvino.preprocess import PrePostProcessor
 
 from profiles.errors import BundleError
 from runners.engines.base import Array, Engine
 from runners.lora_inputs import UP, convolution_layers
 
 __all__ = ["OpenVinoEngine"]
+
+_PRECISION = "INFERENCE_PRECISION_HINT"
+"""What products are computed in."""
 
 _GRAPH_LIMIT = 1 << 28
 """No graph is larger than this when unpacked (a gzip bomb would be)."""
@@ -51,28 +55,61 @@ class OpenVinoEngine(Engine):
         ports = enumerate(self._model.inputs)
         self._places = {name: place for place, port in ports for name in port.get_names()}
         self._convolutions = convolution_layers(self.signature)
+        free = self.signature.free
+        self._low_rank = {s.name for s in self.signature.inputs if not free.isdisjoint(s.axes)}
+        names = (spec.name for spec in self.signature.inputs)
+        self._sized = [name for name in names if name not in self._low_rank]
+        """The inputs whose shapes are compiled for."""
+        self._bf16 = self.properties.get(_PRECISION) == "bf16"
         self._compiled: OrderedDict[tuple[Any, ...], ov.InferRequest] = OrderedDict()
+        self._ready: dict[str, ov.Tensor] = {}
+        self._ready_in: ov.InferRequest | None = None
+        """The request that has what is held."""
+
+    def _hold(self, feeds: Mapping[str, Array]) -> None:
+        self._ready, self._ready_in = self._tensors(feeds), None
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        request = self._request(self._shapes(feeds))
-        # by place: names, and numpy's arrays, are looked for among all inputs, a LoRA's hundreds
-        tensors = {
-            self._places[name]: ov.Tensor(array, shared_memory=array.flags.writeable)
-            for name, array in feeds.items()
-        }
+        request = self._request(feeds)
+        given = self._tensors({n: x for n, x in feeds.items() if n not in self._ready})
+        if request is not self._ready_in:
+            given |= self._ready
+        # by place: names are looked for among all inputs, a LoRA's hundreds
+        tensors = {self._places[name]: tensor for name, tensor in given.items()}
         request.infer(tensors, share_inputs=True, share_outputs=True)
+        self._ready_in = request
         return {
             spec.name: np.array(request.get_output_tensor(i).data)
             for i, spec in enumerate(self.signature.outputs)
         }
 
-    def _shapes(self, feeds: dict[str, Array]) -> dict[str, tuple[int, ...]]:
-        """What is compiled for; -1 where a free dim is, which changes at no cost, and 0 where it
-        belongs to a part that is left out.
+    def _tensors(self, feeds: Mapping[str, Array]) -> dict[str, ov.Tensor]:
+        """The library's own, over the arrays; low-rank inputs in what the engine computes in, or
+        it would round them at each step.
         """
-        free = self.signature.free
+        return {
+            name: _rounded(array)
+            if self._bf16 and name in self._low_rank
+            else ov.Tensor(array, shared_memory=array.flags.writeable)
+            for name, array in feeds.items()
+        }
+
+    def _request(self, feeds: dict[str, Array]) -> ov.InferRequest:
         used = any(feeds[f"{layer}{UP}"].shape[0] for layer in self._convolutions)
         idle = frozenset() if used else self._convolutions
+        key = (idle, *(feeds[name].shape for name in self._sized))
+        if key not in self._compiled:
+            while len(self._compiled) >= _SHAPES_KEPT:
+                self._compiled.popitem(last=False)
+            self._compiled[key] = self.compile(self._shapes(feeds, idle)).create_infer_request()
+        self._compiled.move_to_end(key)
+        return self._compiled[key]
+
+    def _shapes(self, feeds: dict[str, Array], idle: frozenset[str]) -> dict[str, tuple[int, ...]]:
+        """What is compiled for; -1 where a free dim is, which changes at no cost, and 0 where it
+        belongs to an idle layer's part, which is left out.
+        """
+        free = self.signature.free
         return {
             spec.name: tuple(
                 (0 if spec.name.rpartition(".")[0] in idle else -1) if axis in free else size
@@ -80,15 +117,6 @@ class OpenVinoEngine(Engine):
             )
             for spec in self.signature.inputs
         }
-
-    def _request(self, shapes: dict[str, tuple[int, ...]]) -> ov.InferRequest:
-        key = tuple(sorted(shapes.items()))
-        if key not in self._compiled:
-            while len(self._compiled) >= _SHAPES_KEPT:
-                self._compiled.popitem(last=False)
-            self._compiled[key] = self.compile(shapes).create_infer_request()
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
 
     def compile(self, shapes: dict[str, tuple[int, ...]]) -> ov.CompiledModel:
         """Select kernels for these input shapes, with every property set and read back.
@@ -98,6 +126,8 @@ class OpenVinoEngine(Engine):
         model = self._model.clone()
         _leave_out(model, {name for name, shape in shapes.items() if 0 in shape})
         model.reshape({name: list(shape) for name, shape in shapes.items()})
+        if self._bf16:
+            model = _taking_bf16(model, self._low_rank)
         config = {
             **self.properties,
             "INFERENCE_NUM_THREADS": self.threads,
@@ -123,7 +153,26 @@ class OpenVinoEngine(Engine):
 
     def _close(self) -> None:
         self._compiled.clear()
+        self._ready, self._ready_in = {}, None
         del self._model
+
+
+def _taking_bf16(model: ov.Model, inputs: Set[str]) -> ov.Model:
+    """The model, to be given these inputs in bf16."""
+    changed = PrePostProcessor(model)
+    for name in inputs:
+        changed.input(name).tensor().set_element_type(ov.Type.bf16)
+    return changed.build()
+
+
+def _rounded(array: Array) -> ov.Tensor:
+    """A copy in bf16."""
+    import torch
+
+    bits = torch.from_numpy(array).bfloat16().view(torch.int16).numpy()
+    tensor = ov.Tensor(ov.Type.bf16, list(array.shape))
+    tensor.data[...] = bits.view(tensor.data.dtype)
+    return tensor
 
 
 def _leave_out(model: ov.Model, inputs: Set[str]) -> None:

@@ -16,6 +16,7 @@ from profiles.errors import BundleError, MissingError, SpecError
 from runners.bundle import Bundle, open_bundle, read_manifest
 from runners.engines import ENGINES, engine_class
 from runners.engines.base import Array, Engine
+from runners.lora_inputs import lora_targets
 from runners.manifest import ComponentEntry
 from runners.pipeline import open_engine
 from tests.conftest import HERE
@@ -141,6 +142,58 @@ def test_a_quantized_engine_loses_what_the_oracle_loses(opened: Opened, backend:
         lost = sqnr_db([(wanted, first_output(oracle, given))])
         assert 20 < lost < 60
         assert sqnr_db([(wanted, first_output(engine, given))]) >= limit_db(lost, "fp32")
+
+
+def low_rank(entry: ComponentEntry, rank: int, seed: int) -> dict[str, Array]:
+    """LoRA inputs of every layer, of a size that changes what comes out."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, target in lora_targets(entry.forms["lora"].signature).items():
+        down = rng.standard_normal((target.inputs, rank, *target.kernel), np.float32)
+        up = rng.standard_normal((rank, target.outputs), np.float32)
+        found |= {f"{name}.lora_A": 0.1 * down, f"{name}.lora_B": 0.1 * up}
+    return found
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_held_inputs_are_in_every_call_until_others_are(bundle: MakeBundle, backend: str) -> None:
+    """Two sizes in turn: an engine may have something of its own for each."""
+    found = open_bundle(bundle(backend, lora=True))
+    entry = found.manifest.component("denoiser")
+    calls = [feeds(entry, sizes(entry, *size)) for size in ((2, 1.0, 1.0), (1, 1.75, 0.5))]
+    loras = [low_rank(entry, rank, seed=rank) for rank in (2, 3, 0)]
+    with open_engine(found, entry, form="lora", threads=1) as engine:
+        wanted = [[first_output(engine, {**call, **lora}) for call in calls] for lora in loras]
+        assert sqnr_db([(wanted[0][0], wanted[1][0])]) < 60
+        for lora, outputs in zip(loras, wanted, strict=True):
+            engine.hold(lora)
+            for call, output in [*zip(calls, outputs, strict=True)] * 2:
+                np.testing.assert_array_equal(first_output(engine, call), output)
+
+
+def test_low_rank_inputs_in_bf16_are_what_the_engine_rounds_them_to(
+    bundle: MakeBundle, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the same engine, whose inputs are fp32 and rounded at each step."""
+    from runners.engines import openvino
+
+    if not has_bf16:
+        pytest.skip("the processor has no bf16 products")
+    found = open_bundle(bundle("openvino", lora=True))
+    entry = found.manifest.component("denoiser")
+    form = entry.forms["lora"]
+    given = feeds(entry, sizes(entry, 2, 1.0, 1.0)) | low_rank(entry, 3, seed=0)
+    outputs = []
+    for rounded in (True, False):
+        if not rounded:
+            monkeypatch.setattr(openvino, "_taking_bf16", lambda model, _inputs: model)
+            monkeypatch.setattr(openvino, "_rounded", openvino.ov.Tensor)
+        files = {role: found.file(name) for role, name in form.files.items()}
+        properties = {**form.properties, "INFERENCE_PRECISION_HINT": "bf16"}
+        with engine_class("openvino")(
+            files, signature=form.signature, properties=properties, threads=1
+        ) as engine:
+            outputs.append(first_output(engine, given))
+    assert sqnr_db([(outputs[1], outputs[0])]) > 60  # bf16 alone is at 28 and more
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -30,9 +30,6 @@ class _Model:
 
 FULL_SIZE = {
     "sd15": _Model("Stable Diffusion 1.5", "benchmarks.full_models:make_sd15"),
-    "sd15-wide": _Model(
-        "Stable Diffusion 1.5's two widest levels", "benchmarks.full_models:make_sd15_wide"
-    ),
     "sdxl": _Model("SDXL", "benchmarks.full_models:make_sdxl", ("--no-lora",)),
 }
 

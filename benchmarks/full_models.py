@@ -17,7 +17,6 @@ __all__ = [
     "SDXL_UNET",
     "make_sd15",
     "make_sd15_vae",
-    "make_sd15_wide",
     "make_sdxl",
 ]
 
@@ -123,32 +122,6 @@ def make_sd15_vae(out: Path, progress: Progress) -> None:
     }
     parts = {
         "vae": lambda: diffusers.AutoencoderKL(**_SD15_VAE),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**text, **_ends(tokenizer))),
-        "unet": lambda: diffusers.UNet2DConditionModel(**unet),
-    }
-    _save(out, "StableDiffusionPipeline", parts, {"tokenizer": tokenizer}, progress)
-
-
-def make_sd15_wide(out: Path, progress: Progress) -> None:
-    """Write the two levels of Stable Diffusion 1.5's UNet with the largest latents, random weights:
-    for what takes too long to compile whole. Text encoder and VAE are as small as can be.
-    """
-    import diffusers
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    tokenizer = _tokenizer()
-    text = {**_SD15_TEXT, "intermediate_size": 32, "num_hidden_layers": 1}
-    unet = {
-        **SD15_UNET,
-        "block_out_channels": SD15_UNET["block_out_channels"][:2],
-        "down_block_types": ["CrossAttnDownBlock2D"] * 2,
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-    }
-    vae = {**_SD15_VAE, "block_out_channels": [32] * 4, "layers_per_block": 1}
-    parts = {
-        "vae": lambda: diffusers.AutoencoderKL(**vae),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**text, **_ends(tokenizer))),
         "unet": lambda: diffusers.UNet2DConditionModel(**unet),
     }

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_bundles import FULL_SIZE, full_bundle
+from benchmarks.full_bundles import full_bundle
 from benchmarks.watching import found_apart, watched
 from runners.console import Console
 
@@ -39,10 +39,13 @@ _PROMPTS = (
     "a small blue circle on the right, on a plain red background",
 )
 _FULL_SIZE = (
-    ("sd15", "openvino", "int8"),
-    ("sd15", "onnxruntime", "int8"),
-    ("sd15", "eager", "none"),
-    ("sd15-wide", "aoti", "int8"),
+    ("openvino", "int8"),
+    ("onnxruntime", "int8"),
+    ("eager", "none"),
+    ("eager", "int8w"),
+    ("aoti-blocks", "none"),
+    ("aoti", "none"),
+    ("aoti", "int8"),
 )
 _BACKENDS = (
     ("onnxruntime", "int8"),
@@ -87,15 +90,12 @@ def measure_backends(console: Console, out: Path) -> dict[str, Any]:
 
 
 def measure_full_size(console: Console, out: Path) -> dict[str, Any]:
-    """A Stable Diffusion 1.5 of random weights, or a part of it, LoRAs of rank 32: backend and
-    level -> figures.
-    """
+    """A Stable Diffusion 1.5 of random weights, LoRAs of rank 32: backend and level -> figures."""
     found = {}
-    for model, backend, quant in _FULL_SIZE:
+    for backend, quant in _FULL_SIZE:
         name = f"{backend} {quant}"
-        title = f"full-size {FULL_SIZE[model].title} on {name}"
-        bundle = full_bundle(model, out, console, backend, quant)
-        found[name] = {"model": model, **_measured(console, title, bundle, (32, 32))}
+        bundle = full_bundle("sd15", out, console, backend, quant)
+        found[name] = _measured(console, f"full size on {name}", bundle, (32, 32))
     return found
 
 

@@ -38,15 +38,6 @@ _PROMPTS = (
     "a large yellow triangle in the middle, on a plain black background",
     "a small blue circle on the right, on a plain red background",
 )
-_FULL_SIZE = (
-    ("openvino", "int8"),
-    ("onnxruntime", "int8"),
-    ("eager", "none"),
-    ("eager", "int8w"),
-    ("aoti-blocks", "none"),
-    ("aoti", "none"),
-    ("aoti", "int8"),
-)
 _BACKENDS = (
     ("onnxruntime", "int8"),
     ("eager", "none"),
@@ -55,6 +46,7 @@ _BACKENDS = (
     ("aoti", "none"),
     ("aoti", "int8"),
 )
+_FULL_SIZE = (("openvino", "int8"), *_BACKENDS)
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out")
 """What kohya's trainer changes of a UNet by default: all of its transformers."""
 
